@@ -1,0 +1,53 @@
+"""A set of images on disk (or in an archive): names and bytes, nothing decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["ImageItem", "ImageSet"]
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """One image that can be read when needed.
+
+    Attributes:
+        path: what the user recognises it by: a file path relative to the set's root, or
+            ``shard.tar!member``; unique within a set and the sort key.
+        read: returns the encoded bytes.
+        file: the plain file behind it if there is one, so that size and mtime can stand in for a
+            known content digest.
+        label: class index into ``ImageSet.class_names``, or None.
+    """
+
+    path: str
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+    file: Path | None = None
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images sorted by path, with class names where the layout gives them.
+
+    Attributes:
+        name: short name for tables, for example ``"dtd"``.
+        root: where it came from, for provenance.
+        items: sorted by ``path``.
+        class_names: as found on disk, or None.
+        layout: what was recognised, in words ("folder with 47 class subfolders").
+    """
+
+    name: str
+    root: str
+    items: tuple[ImageItem, ...]
+    class_names: tuple[str, ...] | None = None
+    layout: str = "folder"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[ImageItem]:
+        return iter(self.items)

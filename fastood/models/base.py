@@ -1,0 +1,88 @@
+"""The one interface between a network and the rest of fastood: image in, features out.
+
+Everything behind it (open_clip, Hugging Face, timm, a callable, features on disk) differs only in
+how it fills these members. Nothing here knows about scores, files or caches.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastood.errors import ModelError
+
+__all__ = ["Encoder", "ImageFeatures", "TextSupport"]
+
+
+class ImageFeatures(NamedTuple):
+    """What an image tower returns for a batch: not normalised, in the dtype it computed in."""
+
+    image: Tensor
+    """(B, D) global features."""
+    local: Tensor | None = None
+    """(B, P, D) patch features in the joint space, or None when not asked for."""
+
+
+@dataclass(frozen=True)
+class TextSupport:
+    """How a text tower may be run (filled by encoders that have one)."""
+
+    context_length: int
+    croppable: bool
+    """True if positions behind the longest end-of-text token cannot influence the features."""
+
+
+class Encoder(ABC):
+    """A frozen network with fixed preprocessing.
+
+    Attributes:
+        name: what a user typed to get it, for example ``"ViT-B-16/openai"``.
+        embed_dim: D of the joint space.
+        logit_scale: γ = exp(the model's learned logit scale); 1.0 for unimodal classifiers.
+        logit_bias: additive logit bias (SigLIP); 0.0 otherwise.
+        preprocess: ``PIL.Image`` (RGB) → ``(3, H, W)`` float tensor.
+        preprocess_id: text that changes whenever ``preprocess`` computes something else.
+        fingerprint: hex digest of architecture and weights, computed lazily and remembered.
+        device, dtype: where and in which precision the towers run.
+        num_patches: P of the local features, or None without them.
+        no_local: None if local features exist, else the reason they do not, for the user.
+        text: None without a text tower.
+    """
+
+    name: str
+    embed_dim: int
+    logit_scale: float = 1.0
+    logit_bias: float = 0.0
+    preprocess: Callable[[Any], Tensor]
+    preprocess_id: str
+    device: torch.device
+    dtype: torch.dtype
+    num_patches: int | None = None
+    no_local: str | None = "this encoder offers no patch features"
+    text: TextSupport | None = None
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str: ...
+
+    @abstractmethod
+    def encode_image(self, pixels: Tensor, *, local: bool = False) -> ImageFeatures:
+        """Features of ``pixels (B, 3, H, W)``, moved to the encoder's device and dtype.
+
+        Raises:
+            ModelError: if ``local=True`` and the tower defines no local features (says which).
+        """
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """(N, D) unnormalised features of N prompts."""
+        raise ModelError(f"{self.name} has no text tower; it scores its own classes only")
+
+    def warn_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """What a user should know about these prompts before trusting them (may be empty)."""
+        del prompts
+        return []
