@@ -11,9 +11,56 @@ from typing import Any
 
 from fastood._version import __version__
 
-_PUBLIC: dict[str, str] = {
-    # name: module that defines it
+_MODULES: dict[str, tuple[str, ...]] = {
+    "fastood.scores": (
+        "ClassBank",
+        "Head",
+        "Similarities",
+        "Scores",
+        "ScoreKey",
+        "delta_energy",
+        "energy",
+        "fit_knn",
+        "fit_mahalanobis",
+        "gl_mcm",
+        "knn",
+        "l_mcm",
+        "mahalanobis",
+        "margin",
+        "max_logit",
+        "max_similarity",
+        "mcm",
+        "msp",
+        "neg_entropy",
+        "neg_label",
+        "score",
+        "variance",
+    ),
+    "fastood.tuning": (
+        "ebm_loss",
+        "locoop_loss",
+    ),
+    "fastood.calibration": (
+        "Threshold",
+        "calibrate",
+    ),
+    "fastood.models": (
+        "Encoder",
+        "list_models",
+        "load_model",
+    ),
+    "fastood.data": (
+        "load_features",
+        "load_images",
+    ),
+    "fastood.features": (
+        "FeatureCache",
+        "encode_classes",
+        "encode_images",
+    ),
+    "fastood.errors": ("FastoodError",),
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = ["__version__", *_PUBLIC]
 

@@ -1,0 +1,179 @@
+"""Per-class work done once: a prepared set of class features, with negatives if there are any."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fastood.scores.inputs import (
+    check_count,
+    check_features,
+    check_width,
+    matmul_classes,
+    unit_rows,
+    working,
+)
+
+__all__ = ["ClassBank", "Head", "Similarities"]
+
+
+class Similarities(NamedTuple):
+    """What every score is computed from, in cosine units."""
+
+    image: Tensor
+    """(B, K) image to class."""
+    local: Tensor | None = None
+    """(B, P, K) patch to class."""
+    negatives: Tensor | None = None
+    """(B, G, m) image to negative labels, G groups of up to m, padded with ``-inf``."""
+
+
+@runtime_checkable
+class Head(Protocol):
+    """Anything that turns features into similarities: a bank of prompts, an adapter, a classifier.
+
+    Detectors, evaluation and report know models through this alone.
+    """
+
+    def similarities(self, features: Tensor, local: Tensor | None = None) -> Similarities:
+        """Similarities of ``features (B, D)`` and, if given, ``local (B, P, D)``."""
+        ...
+
+
+class ClassBank:
+    """Class features normalised, packed, and negatives grouped, once for any number of batches.
+
+    Accepted wherever a score takes ``text``. Being the zero-shot ``Head``, it also is what
+    detectors use when nothing has been fine-tuned.
+
+    Args:
+        text: (K, D) float class features, any norm.
+        negatives: (M, D) float features of negative labels, or None.
+        groups: G. Negatives are split into G groups whose sigmoids are averaged (NegLabel: 100).
+        seed: seed of the private CPU generator that permutes the negatives before grouping; the
+            permutation is drawn once and kept in ``permutation``. None keeps their order.
+        remainder: ``"drop"`` leaves out the M mod G last negatives, as the authors' code does;
+            ``"spread"`` gives the first M mod G groups one more.
+        normalize: False if the rows already have unit norm.
+
+    Attributes:
+        text: (K, D), unit rows, float32 (float64 if given so).
+        negatives: (G, m, D) or None.
+        permutation: (M') int64 row numbers of ``negatives`` in group order, or None.
+
+    Raises:
+        ValueError: on K = 0, mismatched D, NaN, Inf or zero rows, G > M.
+
+    Example:
+        >>> bank = ClassBank(torch.eye(3))
+        >>> bank.similarities(torch.tensor([[0.0, 2.0, 0.0]])).image
+        tensor([[0., 1., 0.]])
+    """
+
+    def __init__(
+        self,
+        text: Tensor,
+        *,
+        negatives: Tensor | None = None,
+        groups: int = 100,
+        seed: int | None = 0,
+        remainder: Literal["drop", "spread"] = "drop",
+        normalize: bool = True,
+    ) -> None:
+        self.text = _prepare("text", text, normalize)
+        self.normalize = normalize
+        self.negatives: Tensor | None = None
+        self.permutation: Tensor | None = None
+        self._padding: Tensor | None = None
+        if negatives is not None:
+            rows = _prepare("negatives", negatives, normalize)
+            check_width(self.text, rows, ("text", "negatives"))
+            index, padding = group_negatives(len(rows), groups, seed=seed, remainder=remainder)
+            self.permutation = index[~padding]
+            self._padding = padding.to(rows.device) if bool(padding.any()) else None
+            self.negatives = rows[index.to(rows.device)]
+
+    def __len__(self) -> int:
+        return self.text.shape[0]
+
+    @property
+    def dim(self) -> int:
+        return self.text.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.device
+
+    def to(self, *args: Any, **kwargs: Any) -> ClassBank:
+        """A bank on another device or in another float dtype; the permutation stays."""
+        moved = object.__new__(ClassBank)
+        moved.__dict__.update(self.__dict__)
+        moved.text = self.text.to(*args, **kwargs)
+        if self.negatives is not None:
+            moved.negatives = self.negatives.to(*args, **kwargs)
+        if self._padding is not None:
+            moved._padding = self._padding.to(moved.text.device)
+        return moved
+
+    def similarities(self, features: Tensor, local: Tensor | None = None) -> Similarities:
+        """Cosines of ``features (B, D)`` and ``local (B, P, D)`` with classes and negatives.
+
+        Raises:
+            ValueError: on mismatched D or device, NaN, Inf or zero rows.
+        """
+        z = _rows_of("image", features, (2,), "(B, D)", self.text, self.normalize)
+        sl = None
+        if local is not None:
+            zl = _rows_of("local", local, (3,), "(B, P, D)", self.text, self.normalize)
+            if len(zl) != len(z):
+                raise ValueError(f"local: expected patches of {len(z)} images, got {len(zl)}")
+            sl = matmul_classes(zl, self.text.to(zl.dtype))
+        sn = None
+        if self.negatives is not None:
+            flat = self.negatives.flatten(0, 1).to(z.dtype)
+            sn = (z @ flat.mT).unflatten(-1, self.negatives.shape[:2])
+            if self._padding is not None:
+                sn = sn.masked_fill(self._padding, -math.inf)
+        return Similarities(matmul_classes(z, self.text.to(z.dtype)), sl, sn)
+
+
+def _prepare(name: str, x: Tensor, normalize: bool) -> Tensor:
+    x = check_features(name, x, (2,), "(K, D)" if name == "text" else "(M, D)")
+    if x.shape[0] == 0:
+        raise ValueError(f"{name}: expected at least one row, got {tuple(x.shape)}")
+    x = working(x)
+    return (unit_rows(x) if normalize else x).contiguous()
+
+
+def _rows_of(
+    name: str, x: Any, dims: tuple[int, ...], shape: str, text: Tensor, normalize: bool
+) -> Tensor:
+    x = check_features(name, x, dims, shape)
+    check_width(x, text, (name, "text"))
+    x = working(x)
+    return unit_rows(x) if normalize else x
+
+
+def group_negatives(
+    m: int, groups: int, *, seed: int | None, remainder: str
+) -> tuple[Tensor, Tensor]:
+    """Row numbers ``(G, m')`` of the grouped negatives and which of them are padding."""
+    groups = check_count("groups", groups, 1, m, high_name="M = ")
+    if remainder not in ("drop", "spread"):
+        raise ValueError(f'remainder: expected "drop" or "spread", got {remainder!r}')
+    extra = m % groups
+    kept = m - extra if remainder == "drop" else m
+    if seed is None:
+        order = torch.arange(kept)
+    else:
+        order = torch.randperm(kept, generator=torch.Generator().manual_seed(seed))
+    sizes = [kept // groups + (g < kept % groups) for g in range(groups)]
+    index = torch.zeros(groups, max(sizes), dtype=torch.int64)
+    padding = torch.ones(groups, max(sizes), dtype=torch.bool)
+    for g, part in enumerate(order.split(sizes)):
+        index[g, : len(part)] = part
+        padding[g, : len(part)] = False
+    return index, padding

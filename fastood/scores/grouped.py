@@ -1,0 +1,69 @@
+"""Scores that weigh the classes against negative labels."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from fastood import reference
+from fastood.scores.bank import ClassBank
+from fastood.scores.inputs import check_tau
+from fastood.scores.row import Text
+
+__all__ = ["neg_label"]
+
+
+def neg_label(
+    image: Tensor,
+    text: Text,
+    negatives: Tensor | None = None,
+    *,
+    tau: float = 0.01,
+    groups: int = 100,
+    seed: int | None = 0,
+    remainder: Literal["drop", "spread"] = "drop",
+    normalize: bool = True,
+) -> Tensor:
+    """NegLabel: how much of the softmax over classes and negative labels falls on the classes.
+
+    mean over groups g of Σ_k e^l_k / (Σ_k e^l_k + Σ_{j in g} e^n_j), computed in the closed form
+    mean_g sigmoid(lse(l) - lse(n_g)): K + M exponentials an image instead of G·K + M.
+
+    Source: arXiv 2403.20078, equations 5 and 7. The authors permute on the GPU inside every batch;
+    here a private CPU generator draws the permutation once.
+
+    Args:
+        image: (B, D); text: (K, D) or a ClassBank that holds the negatives already.
+        negatives: (M, D) features of the negative labels (omit with such a bank).
+        tau: 1/γ of the model, > 0.
+        groups, seed, remainder: see ``ClassBank``.
+    Returns:
+        (B,) in (0, 1); higher means in-distribution. Very confident images round to 1 in float32
+        (as they do for ``msp``): they tie at the in-distribution end, far from any threshold.
+    Raises:
+        ValueError: on shapes, dtypes or devices that do not fit, K = 0, G outside 1..M, missing
+            negatives, NaN, Inf or zero rows, tau <= 0 or not finite.
+    """
+    tau = check_tau(tau)
+    if isinstance(text, ClassBank):
+        if negatives is not None:
+            raise ValueError(
+                "negatives: the ClassBank decides; give them to ClassBank(...) instead"
+            )
+        bank = text
+    elif negatives is None:
+        raise ValueError("negatives: expected (M, D) features of negative labels, got None")
+    else:
+        bank = ClassBank(
+            text,
+            negatives=negatives,
+            groups=groups,
+            seed=seed,
+            remainder=remainder,
+            normalize=normalize,
+        )
+    s = bank.similarities(image)
+    if s.negatives is None:
+        raise ValueError("negatives: this ClassBank holds none; build it with negatives=...")
+    return reference.neg_label(s.image, s.negatives, tau)

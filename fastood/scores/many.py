@@ -1,0 +1,104 @@
+"""All asked scores from one pass over the similarities."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastood.scores.bank import ClassBank, Head
+from fastood.scores.inputs import check_count, check_features
+from fastood.scores.registry import Methods, resolve
+
+__all__ = ["score"]
+
+_BLOCK = 1 << 23
+
+
+def score(
+    image: Tensor,
+    text: Tensor | Head,
+    *,
+    methods: Methods,
+    local: Tensor | None = None,
+    negatives: Tensor | None = None,
+    groups: int = 100,
+    seed: int | None = 0,
+    remainder: Literal["drop", "spread"] = "drop",
+    normalize: bool = True,
+    logit_scale: float | None = None,
+    rows: int | None = None,
+) -> dict[str, Tensor]:
+    """Every asked score of every image; similarities are computed once, a block of rows at a time.
+
+    Args:
+        image: (B, D) features.
+        text: (K, D) class features, a ``ClassBank``, or any head with ``similarities(features,
+            local=None)`` (adapted models).
+        methods: names (``["mcm", "energy"]``) or ``{label: (name, options)}``, so that one score
+            can be asked at several temperatures.
+        local: (B, P, D) patch features for ``l_mcm`` and ``gl_mcm``.
+        negatives: (M, D) features of negative labels for ``neg_label`` (or in the ClassBank), with
+            ``groups``, ``seed`` and ``remainder`` as in ``ClassBank``.
+        logit_scale: γ of the model; tau of msp, energy, delta_energy, max_logit and neg_label then
+            defaults to 1/γ instead of 0.01.
+        rows: images per block; by default as many as keep a block near 32 MiB.
+    Returns:
+        ``{label: (B,)}`` in the order asked; higher means in-distribution throughout.
+    Raises:
+        ValueError: before any arithmetic on an unknown score or option or an unmet need; on shapes,
+            dtypes or devices that do not fit; on NaN, Inf or zero rows.
+
+    Example:
+        >>> z, t = torch.eye(2), torch.eye(2)
+        >>> out = score(z, t, methods={"mcm": "mcm", "sharp": ("mcm", {"tau": 0.1})})
+        >>> [round(float(v[0]), 4) for v in out.values()]
+        [0.7311, 1.0]
+    """
+    image = check_features("image", image, (2,), "(B, D)")
+    if local is not None:
+        local = check_features("local", local, (3,), "(B, P, D)")
+        if len(local) != len(image):
+            raise ValueError(f"local: expected patches of {len(image)} images, got {len(local)}")
+    if isinstance(text, Tensor):
+        text = ClassBank(
+            text,
+            negatives=negatives,
+            groups=groups,
+            seed=seed,
+            remainder=remainder,
+            normalize=normalize,
+        )
+    elif negatives is not None:
+        raise ValueError("negatives: the head decides; give them to ClassBank(...) instead")
+    if not isinstance(text, Head):
+        raise TypeError(
+            "text: expected (K, D) features, a ClassBank or an object with "
+            f"similarities(features, local=None), got {type(text).__name__}"
+        )
+    bank = text if isinstance(text, ClassBank) else None
+    resolved = resolve(
+        methods,
+        logit_scale=logit_scale,
+        local=local is not None,
+        negatives=None if bank is None else bank.negatives is not None,
+        classes=None if bank is None else len(bank),
+    )
+    wants_local = any(spec.needs == "local" for spec, _ in resolved.values())
+    patches = local if wants_local else None
+    if rows is None:
+        width = 4096 if bank is None else len(bank)
+        if bank is not None and bank.negatives is not None:
+            width += bank.negatives.shape[0] * bank.negatives.shape[1]
+        rows = max(1, _BLOCK // (width * (1 if patches is None else 1 + patches.shape[1])))
+    else:
+        rows = check_count("rows", rows, 1, None)
+
+    parts: dict[str, list[Tensor]] = {label: [] for label in resolved}
+    for i in range(0, max(1, len(image)), rows):
+        z = image[i : i + rows]
+        s = text.similarities(z, None if patches is None else patches[i : i + rows])
+        for label, (spec, options) in resolved.items():
+            parts[label].append(spec.compute(s, z, **options))
+    return {label: torch.cat(blocks) for label, blocks in parts.items()}

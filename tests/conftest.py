@@ -1,0 +1,34 @@
+"""Shared fixtures: the real data where it is, and data that looks like CLIP's where it is not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of real CLIP features and images; the test skips without it."""
+    root = os.environ.get("FASTOOD_TEST_DATA")
+    if not root:
+        pytest.skip("FASTOOD_TEST_DATA is not set")
+    path = Path(root)
+    if not path.is_dir():
+        pytest.fail(f"FASTOOD_TEST_DATA: expected a folder, got {root}")
+    return path
+
+
+def clip_like(b: int, k: int, d: int = 64, *, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """Image and class features whose cosines spread as CLIP's do: about .2, a clear best class."""
+    g = torch.Generator().manual_seed(seed)
+    common = torch.randn(d, generator=g, dtype=torch.float64)
+    text = 0.8 * common + torch.randn(k, d, generator=g, dtype=torch.float64)
+    label = torch.randint(k, (b,), generator=g)
+    strength = torch.rand(b, 1, generator=g, dtype=torch.float64)
+    image = 0.15 * common + 0.4 * strength * text[label]
+    image = image + torch.randn(b, d, generator=g, dtype=torch.float64)
+    norms = 1 + 10 * torch.rand(b, 1, generator=g, dtype=torch.float64)
+    return (image * norms).to(dtype), text.to(dtype), label
