@@ -1,0 +1,64 @@
+"""Networks behind one small interface: image in, features out.
+
+    >>> from fastood.models import load_model                              # doctest: +SKIP
+    >>> encoder = load_model("ViT-B-16/openai")                            # doctest: +SKIP
+
+``load_model`` reads open_clip names, local checkpoints, Hugging Face and timm models and the tiny
+model that ships with the package. A network you built yourself becomes an encoder with
+``OpenClipEncoder``, ``HFEncoder``, ``TimmEncoder`` or, for anything else, ``CallableEncoder``.
+
+Features you already have need no encoder: hand the tensors to ``fastood.scores`` (or keep them in
+a ``fastood.features.FeatureSet``), with the text features as a ``ClassBank``.
+
+Importing this module imports none of open_clip, transformers and timm.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastood.models.base import Encoder, ImageFeatures, TextSupport
+    from fastood.models.catalogue import ModelInfo, list_models
+    from fastood.models.custom import CallableEncoder
+    from fastood.models.hf import HFEncoder
+    from fastood.models.load import load_model
+    from fastood.models.openclip import OpenClipEncoder
+    from fastood.models.timm_classifier import TimmEncoder
+
+__all__ = [
+    "CallableEncoder",
+    "Encoder",
+    "HFEncoder",
+    "ImageFeatures",
+    "ModelInfo",
+    "OpenClipEncoder",
+    "TextSupport",
+    "TimmEncoder",
+    "list_models",
+    "load_model",
+]
+
+_HOME = {
+    "CallableEncoder": "custom",
+    "Encoder": "base",
+    "HFEncoder": "hf",
+    "ImageFeatures": "base",
+    "ModelInfo": "catalogue",
+    "OpenClipEncoder": "openclip",
+    "TextSupport": "base",
+    "TimmEncoder": "timm_classifier",
+    "list_models": "catalogue",
+    "load_model": "load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -52,6 +52,9 @@ class Encoder(ABC):
         num_patches: P of the local features, or None without them.
         no_local: None if local features exist, else the reason they do not, for the user.
         text: None without a text tower.
+
+    The network is put into evaluation mode and never differentiated through; features come back
+    detached, on ``device``, in the dtype the towers computed in.
     """
 
     name: str
@@ -81,6 +84,21 @@ class Encoder(ABC):
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """(N, D) unnormalised features of N prompts."""
         raise ModelError(f"{self.name} has no text tower; it scores its own classes only")
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor | None:
+        """(N, L) token ids on the CPU, or None where a text tower shows no tokens.
+
+        Two prompts with equal rows have equal features: the model cannot tell them apart.
+        """
+        del prompts
+        return None
+
+    def head(self) -> Any:
+        """A classifier's own head (``similarities(features, local=None)``), or None.
+
+        None means that classes come from prompts: build a ``ClassBank`` from text features.
+        """
+        return None
 
     def warn_prompts(self, prompts: Sequence[str]) -> list[str]:
         """What a user should know about these prompts before trusting them (may be empty)."""

@@ -1,0 +1,237 @@
+"""timm image classifiers: features before the head, and the head as class similarities."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastood.errors import ModelError
+from fastood.models import files
+from fastood.models.base import Encoder, ImageFeatures
+from fastood.models.common import check_pixels, module_device, module_dtype, seeded
+from fastood.models.fingerprint import Fingerprint, describe_callable
+
+if TYPE_CHECKING:
+    from fastood.scores.bank import Similarities
+
+__all__ = ["ClassifierHead", "TimmEncoder", "load_timm"]
+
+
+class ClassifierHead:
+    """The last layer of a classifier as a head: its logits stand where cosines stand for CLIP.
+
+    ``logit_scale`` is 1, so at tau = 1 ``mcm`` and ``msp`` are both the maximum softmax
+    probability and ``energy`` is the log-sum-exp of the logits.
+    """
+
+    logit_scale = 1.0
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = copy.deepcopy(layer).float().eval()
+
+    @torch.no_grad()
+    def similarities(self, features: Tensor, local: Tensor | None = None) -> Similarities:
+        """Logits (B, K) in float32 of features (B, D).
+
+        Raises:
+            ValueError: if local features are given; a classifier has none.
+        """
+        from fastood.scores.bank import Similarities
+
+        if local is not None:
+            raise ValueError("local: a classifier head has no local features, got a tensor")
+        weight = next(self.layer.parameters())
+        if weight.device != features.device:
+            self.layer = self.layer.to(features.device)
+        return Similarities(image=self.layer(features.float()))
+
+
+class TimmEncoder(Encoder):
+    """A timm classifier. There are no text and no local features: classes are the head's own.
+
+    Args:
+        model: a timm model with a classifier; it is set to evaluation mode.
+        preprocess: default: the transform of the model's own configuration.
+        class_names: names of the head's classes, where known.
+        name, preprocess_id, device, dtype: as in ``OpenClipEncoder``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Callable[[Any], Tensor] | None = None,
+        *,
+        name: str = "timm model",
+        class_names: Sequence[str] | None = None,
+        preprocess_id: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if device is not None or dtype is not None:
+            model = model.to(device=device, dtype=dtype)
+        self.model = cast(Any, model.eval())
+        self.name = name
+        self.device, self.dtype = module_device(model), module_dtype(model)
+        config = _data_config(model)
+        if preprocess is None:
+            from timm.data import create_transform
+
+            preprocess = create_transform(**config, is_training=False)
+        self.preprocess: Callable[[Any], Tensor] = preprocess
+        self.preprocess_id = preprocess_id or describe_callable(preprocess)
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.no_local = "timm classifiers have no joint space for their patches"
+        self._size = tuple(config["input_size"])
+        self._head, self.embed_dim = self._find_head()
+        pretrained = getattr(model, "pretrained_cfg", None) or {}
+        self._fingerprint = Fingerprint(
+            model,
+            {
+                "library": "timm",
+                "kind": pretrained.get("architecture", type(model).__name__),
+                "pool": getattr(model, "global_pool", None),
+            },
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint()
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor, *, local: bool = False) -> ImageFeatures:
+        if local:
+            raise ModelError(f"{self.name} has no local features: {self.no_local}")
+        pixels = check_pixels(pixels, self.device, self.dtype)
+        if not len(pixels):
+            return ImageFeatures(pixels.new_zeros(0, self.embed_dim))
+        return ImageFeatures(self._features(pixels))
+
+    def head(self) -> ClassifierHead:
+        """The classifier's own head."""
+        return self._head
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        return self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
+
+    @torch.no_grad()
+    def _find_head(self) -> tuple[ClassifierHead, int]:
+        """The last layer, once checked to turn the features into the model's logits."""
+        layer = self.model.get_classifier()
+        if not isinstance(layer, nn.Module) or isinstance(layer, nn.Identity):
+            raise ModelError(f"{self.name} has no classifier; use CallableEncoder for its features")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            pixels = torch.randn(1, *self._size).to(self.device, self.dtype)
+        features = self._features(pixels)
+        logits = self.model(pixels)
+        again = layer(features)
+        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        if again.shape != logits.shape or not torch.allclose(
+            again.float(), logits.float(), rtol=tolerance, atol=tolerance
+        ):
+            raise ModelError(
+                f"{self.name}: its last layer does not map the pre-logits to the logits "
+                f"(a distilled or multi-head classifier?); wrap its logits in CallableEncoder"
+            )
+        return ClassifierHead(layer), int(features.shape[-1])
+
+
+def _data_config(model: Any) -> dict[str, Any]:
+    from timm.data import resolve_model_data_config
+
+    return resolve_model_data_config(model)
+
+
+def load_timm(
+    architecture: str,
+    *,
+    name: str,
+    pretrained: str | None,
+    checkpoint: str | Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    allow_pickle: bool,
+    preprocess: Any,
+    cache_dir: str | None,
+    seed: int,
+) -> TimmEncoder:
+    """A timm classifier by name; ``pretrained`` is a timm tag, ``"default"`` or ``"random"``."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ModelError(f"{name} needs timm: pip install timm ({error})") from error
+    from difflib import get_close_matches
+
+    base, _, tag = architecture.partition(".")
+    if not timm.is_model(base):
+        near = get_close_matches(base, timm.list_models(), n=4)
+        raise ModelError(
+            f"name: timm knows no model {base!r}"
+            + (f"; near: {', '.join('timm:' + n for n in near)}" if near else "")
+        )
+    if pretrained not in (None, "default", "random"):
+        tag = str(pretrained)
+    full = f"{base}.{tag}" if tag else base
+    state: dict[str, Tensor] | None = None
+    if checkpoint is not None:
+        state = files.read_state_dict(checkpoint, allow_pickle=allow_pickle)
+    options: dict[str, Any] = {}
+    if state is not None:
+        options = _classes(state, timm, full)
+    try:
+        with seeded(seed):
+            model = timm.create_model(full, pretrained=False, **options)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"name: timm cannot build {full!r}: {error}") from error
+    if state is None and pretrained != "random":
+        state = _published(model, name, allow_pickle, cache_dir)
+    if state is not None:
+        files.load_strict(model, state, str(checkpoint or name))
+    return TimmEncoder(
+        model,
+        preprocess,
+        name=name,
+        class_names=_imagenet_names(model) if checkpoint is None else None,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _classes(state: dict[str, Tensor], timm: Any, name: str) -> dict[str, Any]:
+    """Number of classes of a fine-tuned checkpoint, read off its classifier's bias or weight."""
+    classifier = (timm.get_pretrained_cfg(name).to_dict() or {}).get("classifier")
+    if isinstance(classifier, str):
+        for part in ("bias", "weight"):
+            found = state.get(f"{classifier}.{part}")
+            if found is not None:
+                return {"num_classes": int(found.shape[0])}
+    return {}
+
+
+def _published(
+    model: Any, name: str, allow_pickle: bool, cache_dir: str | None
+) -> dict[str, Tensor]:
+    repo = (model.pretrained_cfg or {}).get("hf_hub_id")
+    if not repo:
+        raise ModelError(f"{name}: timm publishes no weights on the Hub for it; pass checkpoint=")
+    names = ["model.safetensors"] + (["pytorch_model.bin"] if allow_pickle else [])
+    path = files.hub_file(repo, names, cache_dir=cache_dir)
+    return files.read_state_dict(path, allow_pickle=allow_pickle)
+
+
+def _imagenet_names(model: Any) -> list[str] | None:
+    """Class names, where timm knows which ImageNet subset the weights were trained on."""
+    try:
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+    except ImportError:  # older timm: results then show class numbers
+        return None
+    subset = infer_imagenet_subset(model)
+    if not subset:
+        return None
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(info.num_classes())]
