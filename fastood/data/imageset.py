@@ -19,6 +19,7 @@ class ImageItem:
         read: returns the encoded bytes.
         file: the plain file behind it if there is one, so that size and mtime can stand in for a
             known content digest.
+        part: which part of ``file`` it is (a tar member), None for the whole file.
         label: class index into ``ImageSet.class_names``, or None.
     """
 
@@ -26,6 +27,7 @@ class ImageItem:
     read: Callable[[], bytes] = field(repr=False, compare=False)
     file: Path | None = None
     label: int | None = None
+    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,15 @@ class ImageSet:
 
     def __iter__(self) -> Iterator[ImageItem]:
         return iter(self.items)
+
+    def class_counts(self) -> dict[str, int]:
+        """Images per class name, zero for a class without any; empty without class names.
+
+        Names that occur twice (ImageNet's "missile") are counted together.
+        """
+        names = self.class_names or ()
+        counts = dict.fromkeys(names, 0)
+        for item in self.items:
+            if item.label is not None and item.label < len(names):
+                counts[names[item.label]] += 1
+        return counts
