@@ -117,8 +117,10 @@ def values(scores: Any, name: str = "scores", *, allow_empty: bool = False) -> n
         converted = array.astype(np.float32)
     else:
         converted = array.astype(np.float64)
-        back = converted.astype(array.dtype) if array.dtype.kind == "f" else None
-        exact = np.abs(converted) <= 2.0**53 if back is None else (back == array) | (array != array)
+        if array.dtype.kind == "f":  # long double
+            exact = (converted.astype(array.dtype) == array) | (array != array)
+        else:
+            exact = np.abs(converted) < 2.0**53
         if not exact.all():
             raise ValueError(
                 f"{name}: {array.dtype} values beyond float64 precision at rows "
