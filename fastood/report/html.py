@@ -118,6 +118,8 @@ def _reference(view: MetricView) -> str:
 
 def _number(value: Any) -> str:
     """Counts with thousands separators, other numbers short."""
+    if value is None:
+        return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
