@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from fastood.errors import DataError
 
 __all__ = [
     "TEMPLATES",
-    "ClassNames",
     "check_class_names",
     "check_templates",
     "clean_name",
@@ -42,79 +40,15 @@ choice moves AUROC by points, so results record it."""
 _WORDNET_LINE = re.compile(r"(n\d{8})\s+(\S.*)")
 
 
-@dataclass(frozen=True)
-class ClassNames:
-    """Class names as a file gives them.
-
-    Attributes:
-        names: what prompts say, in class order.
-        folders: the folder of each class, where the file tells, else None.
-        source: the file.
-    """
-
-    names: tuple[str, ...]
-    folders: tuple[str, ...] | None = None
-    source: str = ""
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def aligned(self, folders: Sequence[str]) -> tuple[str, ...]:
-        """One name per folder, in the order of ``folders``.
-
-        A file that names folders is matched by them; else names equal to the cleaned folder names
-        are matched by spelling; else, the counts being equal, names are taken in the order of the
-        file, with a warning.
-
-        Raises:
-            DataError: if names are missing or left over.
-        """
-        given = list(folders)
-        if self.folders is not None:
-            names = dict(zip(self.folders, self.names, strict=True))
-            return self._by_key(names, given, given)
-        spelled = {_key(n): n for n in self.names}
-        keys = [_key(f) for f in given]
-        if len(spelled) == len(self.names) and set(keys) & spelled.keys():
-            return self._by_key(spelled, keys, given)
-        if len(given) != len(self.names):
-            raise DataError(
-                f"{self.source or 'class names'}: expected a name for each of {len(given)} class "
-                f"folders ({_some(given)}), got {len(self.names)} names ({_some(self.names)})"
-            )
-        warnings.warn(
-            f"{self.source or 'class names'}: no name matches a folder, so names are taken in file "
-            f"order for the folders in sorted order ({given[0]!r} is {self.names[0]!r}); a JSON "
-            f"object {{folder: name}} makes this certain",
-            stacklevel=2,
-        )
-        return self.names
-
-    def _by_key(
-        self, names: dict[str, str], keys: Sequence[str], folders: Sequence[str]
-    ) -> tuple[str, ...]:
-        unnamed = [f for f, k in zip(folders, keys, strict=True) if k not in names]
-        if unnamed:
-            raise DataError(
-                f"{self.source or 'class names'}: no name for {len(unnamed)} of {len(folders)} "
-                f"class folders: {_some(unnamed)}"
-            )
-        if self.folders is None and len(set(keys)) != len(names):
-            extra = [n for k, n in names.items() if k not in set(keys)]
-            raise DataError(
-                f"{self.source or 'class names'}: {len(extra)} names have no class folder: "
-                f"{_some(extra)}"
-            )
-        return tuple(names[k] for k in keys)
-
-
-def read_class_names(path: str | PathLike[str]) -> ClassNames:
-    """Class names from a text or JSON file.
+def read_class_names(path: str | PathLike[str]) -> list[str] | dict[str, str]:
+    """Class names from a text or JSON file, as ``load_images(class_names=...)`` takes them.
 
     - text: one name a line; blank lines and surrounding blanks are ignored. If every line starts
       with a WordNet id (``n01440764 tench``, CoOp's ``classnames.txt``), ids are the folders.
     - JSON: a list of names, or an object ``{folder: name}``.
 
+    Returns:
+        A list of names in class order, or a mapping from folder to name where the file tells.
     Raises:
         DataError: if the file is missing, empty, or holds anything else.
     """
@@ -128,29 +62,44 @@ def read_class_names(path: str | PathLike[str]) -> ClassNames:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"class names {path}: expected one name a line, got an empty file")
-    parts = [_WORDNET_LINE.fullmatch(line) for line in lines]
-    found = [p for p in parts if p is not None]
-    if len(found) == len(lines):
-        return ClassNames(tuple(p[2] for p in found), tuple(p[1] for p in found), str(path))
-    return ClassNames(tuple(lines), None, str(path))
+    parts = [p for p in map(_WORDNET_LINE.fullmatch, lines) if p is not None]
+    if len(parts) == len(lines):
+        return _mapping([(p[1], p[2]) for p in parts], path)
+    return lines
 
 
-def _from_json(text: str, path: Path) -> ClassNames:
+def _from_json(text: str, path: Path) -> list[str] | dict[str, str]:
     try:
-        data = json.loads(text)
+        # pairs instead of an object, so that a repeated folder is seen and not overwritten
+        data = json.loads(text, object_pairs_hook=_Pairs)
     except ValueError as error:
         raise DataError(f"class names {path}: not valid JSON ({error})") from error
-    values = list(data.values()) if isinstance(data, dict) else data
-    if not isinstance(values, list) or not values:
+    if not isinstance(data, list) or not data:
+        got = "nothing in it" if data in ([], _Pairs()) else repr(data)[:60]
         raise DataError(
             f"class names {path}: expected a non-empty list of names or an object "
-            f"{{folder: name}}, got {type(data).__name__}{' without entries' if not data else ''}"
+            f"{{folder: name}}, got {got}"
         )
-    wrong = [v for v in values if not isinstance(v, str)]
-    if wrong:
-        raise DataError(f"class names {path}: expected text, got {str(wrong[0])[:60]!r}")
-    names = tuple(v.strip() for v in values)
-    return ClassNames(names, tuple(data) if isinstance(data, dict) else None, str(path))
+    if isinstance(data, _Pairs):
+        return _mapping([(f, _text(n, path)) for f, n in data], path)
+    return [_text(n, path) for n in data]
+
+
+class _Pairs(list[Any]):
+    """The pairs of a JSON object, in order."""
+
+
+def _text(value: object, path: Path) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"class names {path}: expected a name, got {str(value)[:60]!r}")
+    return value.strip()
+
+
+def _mapping(pairs: list[tuple[str, str]], path: Path) -> dict[str, str]:
+    twice = [folder for folder, count in Counter(f for f, _ in pairs).items() if count > 1]
+    if twice:
+        raise DataError(f"class names {path}: folders named more than once: {_some(twice)}")
+    return dict(pairs)
 
 
 def clean_name(name: str) -> str:

@@ -88,7 +88,8 @@ def encode_classes(
         ValueError: unusable names or templates, or an ensemble that cancels to zero.
         ModelError: if the encoder has no text tower or returns features that are not finite.
     Notes:
-        Identical prompts are encoded once, so repeated names give bit-identical rows.
+        Names with the same tokens are encoded once, so classes that a model cannot tell apart have
+        bit-identical rows and tie exactly.
     """
     if encoder.text is None:
         raise ModelError(f"{encoder.name} has no text tower; it scores its own classes only")
@@ -97,13 +98,16 @@ def encode_classes(
         class_names, allow_duplicates=allow_duplicates, tokenize=encoder.tokenize
     )
     names = tuple(class_names)
-    prompts = [fill(t, n) for t in chosen for n in names]
-    notes += encoder.warn_prompts(list(dict.fromkeys(prompts)))
+    longest = max(chosen, key=len)
+    telling = [fill(longest, n) for n in names]  # every name once and every template once
+    notes += encoder.warn_prompts(
+        list(dict.fromkeys([*telling, *(fill(t, names[0]) for t in chosen)]))
+    )
     digest = prompts_digest(names, chosen)
     key = _key(encoder, "classes", digest)
     features, cached = _recall(key, cache, (len(names), encoder.embed_dim)), True
     if features is None:
-        features, cached = _ensemble(encoder, prompts, len(names), batch_size), False
+        features, cached = _class_rows(encoder, names, telling, chosen, batch_size), False
         _remember(key, features, cache)
     features = features.to(encoder.device, copy=True)  # callers may write to theirs
     return ClassText(features, names, chosen, digest, tuple(notes), cached)
@@ -143,15 +147,25 @@ def clear_text_memory() -> None:
     _MEMORY.clear()
 
 
-def _ensemble(encoder: Encoder, prompts: list[str], classes: int, batch_size: int) -> Tensor:
-    """(K, D) on the CPU; ``prompts`` holds all classes of the first template, then the next."""
-    rows = _unit_rows(encoder, prompts, batch_size)
-    if len(prompts) == classes:
-        return rows
-    mean = rows.view(-1, classes, rows.shape[-1]).mean(dim=0)
+def _class_rows(
+    encoder: Encoder,
+    names: tuple[str, ...],
+    telling: list[str],
+    templates: tuple[str, ...],
+    batch_size: int,
+) -> Tensor:
+    """(K, D) unit rows on the CPU; ``telling`` holds a prompt for each name."""
+    tokens = encoder.tokenize(telling)
+    keys: list[object] = list(telling) if tokens is None else [tuple(r) for r in tokens.tolist()]
+    row = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    first = dict(zip(reversed(keys), reversed(names), strict=True))  # the first name of each key
+    distinct = [first[key] for key in row]
+    each = _unit_rows(encoder, [fill(t, n) for t in templates for n in distinct], batch_size)
+    mean = each.view(len(templates), len(distinct), -1).mean(dim=0)
     if bool((mean.norm(dim=-1) < 1e-6).any()):
         raise ValueError("templates: the ensemble of a class cancels to zero; use fewer templates")
-    return F.normalize(mean, dim=-1)
+    features = F.normalize(mean, dim=-1) if len(templates) > 1 else each
+    return features[[row[key] for key in keys]]
 
 
 def _unit_rows(encoder: Encoder, prompts: list[str], batch_size: int) -> Tensor:

@@ -175,10 +175,11 @@ def _split(name: str, pretrained: str | None) -> tuple[str, str | None]:
 
     if not is_pretrained_cfg(architecture, tag):
         tags = open_clip.list_pretrained_tags_by_model(architecture)
+        named = [f"{architecture}/{t}" for t in tags]
         offered = f"it has {', '.join(tags)}" if tags else "none are published for it"
         raise ModelError(
-            f"pretrained: {architecture} has no weights called {tag!r}.{near(tag, tags)} "
-            f"Of {architecture}, {offered}"
+            f"pretrained: {architecture} has no weights called {tag!r}."
+            f"{near(f'{architecture}/{tag}', named)} Of {architecture}, {offered}"
         )
     return architecture, tag.lower().replace("-", "_")
 

@@ -61,7 +61,7 @@ class OpenClipEncoder(Encoder):
         self.preprocess = preprocess
         self.preprocess_id = preprocess_id or describe_callable(preprocess)
         self.device = module_device(model)
-        self.dtype = module_dtype(model)
+        self.dtype = module_dtype(self.model.visual)
         scale, bias = self.model.logit_scale, getattr(self.model, "logit_bias", None)
         self.logit_scale = float(scale.detach().float().exp())
         self.logit_bias = 0.0 if bias is None else float(bias.detach().float())

@@ -64,13 +64,13 @@ def load_named(
     config = copy.deepcopy(open_clip.get_model_config(architecture))
     random = tag == "random"
     tag_config = {} if random or tag is None else dict(get_pretrained_cfg(architecture, tag))
-    _set_activation(config, architecture, tag_config, checkpoint is not None, quick_gelu)
     state: dict[str, Tensor] | None = None
     if checkpoint is not None:
         state = files.read_state_dict(checkpoint, allow_pickle=allow_pickle)
     elif not random:
         path = _tag_file(name, tag_config, allow_pickle=allow_pickle, cache_dir=cache_dir)
         state = files.read_state_dict(path, allow_pickle=allow_pickle)
+    _set_activation(config, architecture, tag, tag_config, checkpoint is not None, quick_gelu)
     return _encoder(
         config,
         state,
@@ -150,6 +150,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _set_activation(
     config: dict[str, Any],
     architecture: str,
+    tag: str | None,
     tag_config: dict[str, Any],
     has_checkpoint: bool,
     quick_gelu: bool | None,
@@ -164,8 +165,9 @@ def _set_activation(
     if quick_gelu is not None:
         config["quick_gelu"] = quick_gelu
     elif tag_config:
-        named = architecture.endswith("-quickgelu")
-        config["quick_gelu"] = bool(tag_config.get("quick_gelu", named))
+        # older open_clip does not say so of OpenAI's own weights
+        default = tag == "openai" or architecture.endswith("-quickgelu")
+        config["quick_gelu"] = bool(tag_config.get("quick_gelu", default))
     elif has_checkpoint and f"{architecture}-quickgelu" in open_clip.list_models():
         warnings.warn(
             f"checkpoint for {architecture} without a pretrained tag: computing with GELU. If "

@@ -142,9 +142,12 @@ class TimmEncoder(Encoder):
 
 
 def _data_config(model: Any) -> dict[str, Any]:
-    from timm.data import resolve_model_data_config
+    """Preprocessing settings; a transformer built for another size than published wins."""
+    from timm.data import resolve_data_config
 
-    return resolve_model_data_config(model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    chosen = {} if size is None else {"input_size": (3, *size)}
+    return resolve_data_config(chosen, model=model)
 
 
 def load_timm(
