@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Pair",
+    "is_scores",
     "key_differences",
     "key_of",
     "orientation",
@@ -41,7 +42,8 @@ class Pair(NamedTuple):
     ood: np.ndarray
 
 
-def _is_scores(scores: Any) -> bool:
+def is_scores(scores: Any) -> bool:
+    """Whether these are ``Scores``, without importing torch through that package."""
     # Without that module loaded nothing can be an instance of its class.
     module = sys.modules.get("fastood.scores.result")
     return module is not None and isinstance(scores, module.Scores)
@@ -49,7 +51,7 @@ def _is_scores(scores: Any) -> bool:
 
 def key_of(scores: Any) -> ScoreKey | None:
     """The ``ScoreKey`` that the scores carry, None for raw arrays."""
-    return scores.key if _is_scores(scores) else None
+    return scores.key if is_scores(scores) else None
 
 
 def check_higher(higher: object, name: str = "higher") -> None:
@@ -65,7 +67,7 @@ def orientation(scores: Any, higher: Orientation | None, name: str = "scores") -
         ValueError: if ``higher`` is given and contradicts the scores.
     """
     check_higher(higher)
-    if not _is_scores(scores):
+    if not is_scores(scores):
         return higher or "id"
     if higher is not None and higher != scores.higher:
         raise ValueError(
@@ -90,7 +92,7 @@ def values(scores: Any, name: str = "scores", *, allow_empty: bool = False) -> n
         ValueError: for another shape, no scores at all, NaN or infinite scores (with the rows), or
             numbers that float64 cannot hold exactly.
     """
-    if _is_scores(scores):
+    if is_scores(scores):
         scores = scores.values
     if hasattr(scores, "detach"):
         scores = scores.detach()
