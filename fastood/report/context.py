@@ -164,7 +164,7 @@ def classes(table: ScoreTable, score: str, threshold: float | None) -> dict[str,
         common = Counter(wrong).most_common(1)
         rejected = None
         if threshold is not None and score in table.scores:
-            rejected = float(np.mean(table.scores[score][members] < threshold))
+            rejected = float(np.mean(table.scores[score][members] < np.float64(threshold)))
         lines.append(
             {
                 "name": name,
@@ -185,6 +185,7 @@ def thresholds(view: MetricView, table: ScoreTable, entries: Mapping[str, Any]) 
         at = entry.get("threshold")
         shares: list[float | None] = [None] * (1 + len(view.sets))
         if at is not None and score in table.scores:
+            at = np.float64(at)  # a plain float would be rounded to the scores' float32 first
             kept = [table.values(score, role="id") >= at]
             caught = [table.values(score, role="ood", set=s) < at for s in view.sets]
             shares = [float(np.mean(x)) if len(x) else None for x in (*kept, *caught)]

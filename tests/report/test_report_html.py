@@ -317,3 +317,21 @@ def test_transparency_becomes_white_and_rubbish_none():
 def test_percent():
     assert percent(0.90857) == "90.86" and percent(1.0, 1) == "100.0"
     assert percent(None) == percent(float("nan")) == "–"
+
+
+def test_threshold_shares_are_counted_strictly_below(sample):
+    from fastood.report.context import thresholds
+
+    table = ScoreTable.from_columns(
+        set=["a"] * 4 + ["b"] * 2,
+        role=["id"] * 4 + ["ood"] * 2,
+        path=list("123456"),
+        scores={"s": np.array([0.1, 0.2, 0.3, 0.4, 0.2, 0.1], dtype=np.float32)},
+    )
+    row = {"set": "b", "score": "s", "n_id": 4, "n_ood": 2, "AUROC": 0.8}
+    view = MetricView({"metrics": [row]})
+    at = float(np.float32(0.2))
+    line = thresholds(view, table, {"s": {"threshold": at, "tpr": 0.75, "n": 4}})[0]
+    assert (line["kept"], line["caught"]) == (0.75, [0.5])  # at the threshold is kept
+    above = thresholds(view, table, {"s": {"threshold": np.nextafter(at, 1).item()}})[0]
+    assert (above["kept"], above["caught"]) == (0.5, [1.0])
