@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.features.toy_encoder import ToyEncoder
 
 from fastood.features import FeatureCache
+from tests.features.toy_encoder import ToyEncoder
 
 
 @pytest.fixture

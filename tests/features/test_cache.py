@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.features.toy_encoder import ToyEncoder, write_images
 
 from fastood.data import load_images
 from fastood.errors import CacheError
 from fastood.features import FeatureCache, encode_images
+from tests.features.toy_encoder import ToyEncoder, write_images
 
 OLD = 1_500_000_000  # seconds; a file this old has settled, so its digest is remembered
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.features.toy_encoder import ToyEncoder, write_images
 
 from fastood.data import ImageItem, ImageSet, load_images
 from fastood.errors import DataError, ModelError
 from fastood.features import FeatureCache, encode_images
+from tests.features.toy_encoder import ToyEncoder, write_images
 
 
 def direct(encoder: ToyEncoder, files: list[Path], *, local: bool = False) -> torch.Tensor:
