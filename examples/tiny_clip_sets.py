@@ -115,12 +115,13 @@ def read_tar(path: Path, split: str, classes: list[str], side: int) -> tuple[Ten
 
 
 def glyphs(path: Path, part: str) -> tuple[Tensor, Tensor]:
-    """``train``: 9,000 glyphs, ``held_out``: the other 1,000; uint8 (N, 28, 28) and labels."""
+    """``train``: nine in ten glyphs, ``held_out``: the others; uint8 (N, 28, 28) and labels."""
     with np.load(path, allow_pickle=False) as file:
         images = torch.from_numpy(file["images"])
         labels = torch.from_numpy(file["labels"].astype(np.int64))
     order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(labels)))
-    rows = order[:9000] if part == "train" else order[9000:]
+    first = len(labels) * 9 // 10
+    rows = order[:first] if part == "train" else order[first:]
     return images[rows], labels[rows]
 
 
@@ -149,12 +150,12 @@ def load_sets(data: Path, run: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 # images a pass takes from each set (clothing is small and repeated, glyphs are easy)
 PASS = {"cifar10": 49_000, "clothing": 8_000, "mnist": 2_000, "notmnist": 2_500}
-CIFAR_VALIDATION = 1_000  # last rows of a seeded permutation of the train split, watched only
 
 
-def cifar_order() -> Tensor:
-    """Permutation of the CIFAR-10 training rows; its tail is the watched validation part."""
-    return torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(50_000))
+def cifar_split(count: int) -> tuple[Tensor, Tensor]:
+    """Rows of the CIFAR-10 training split to learn from, and the fiftieth that is only watched."""
+    order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(count))
+    return order[: -max(1, count // 50)], order[-max(1, count // 50) :]
 
 
 def batches(
@@ -163,7 +164,7 @@ def batches(
     """Endless batches of constant composition: for each set the row numbers to take."""
     rng = torch.Generator().manual_seed(seed)
     pools = {name: torch.arange(len(part[1])) for name, part in sets.items()}
-    pools["cifar10"] = cifar_order()[:-CIFAR_VALIDATION]
+    pools["cifar10"] = cifar_split(len(pools["cifar10"]))[0]
     total = sum(PASS.values())
     share = {name: max(1, round(size * count / total)) for name, count in PASS.items()}
     queue = {name: torch.empty(0, dtype=torch.long) for name in sets}

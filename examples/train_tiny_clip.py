@@ -27,13 +27,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from tiny_clip_sets import (
-    CIFAR_VALIDATION,
     MEAN,
     PASS,
     STD,
     augment,
     batches,
-    cifar_order,
+    cifar_split,
     class_table,
     load_sets,
     plain,
@@ -208,7 +207,7 @@ def train(args: argparse.Namespace) -> None:
     sets = load_sets(args.data, args.run)
     run = Run(args)
     stream = batches(sets, args.batch, args.seed + run.step)
-    rows = cifar_order()[-CIFAR_VALIDATION:]
+    rows = cifar_split(len(sets["cifar10"][1]))[1]
     validation = (sets["cifar10"][0][rows], sets["cifar10"][1][rows])
     last = saved = watched = logged = time.monotonic()
     recent: list[tuple[float, float]] = []
