@@ -149,6 +149,12 @@ def check_class_names(
                 f"Rename or merge them, or pass allow_duplicates=True to keep exact ties"
             )
         found.append(f"{what}; these classes tie exactly")
+    joined = [n for n in dict.fromkeys(names) if "_" in n]
+    if joined:
+        found.append(
+            f"class_names: {len(joined)} name(s) contain underscores ({_some(joined)}); prompts "
+            f"are trained on words, clean_name() turns underscores into spaces"
+        )
     alike = _look_alike(list(dict.fromkeys(names)), tokenize)
     if alike:
         shown = _some([" = ".join(map(repr, group)) for group in alike])

@@ -58,10 +58,20 @@ def hub_file(repo: str, names: Iterable[str], *, cache_dir: str | None = None) -
         WeightsUnavailable: if neither is possible.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     names = tuple(names)
-    found = cached_hub_file(repo, names, cache_dir)
+    try:
+        found = cached_hub_file(repo, names, cache_dir)
+    except HFValidationError as error:
+        raise ModelError(
+            f"{repo}: neither a folder that exists here nor the name of a Hub repository "
+            f"(organisation/name)"
+        ) from error
     if found is not None:
         return found
     reason = _no_network()

@@ -229,15 +229,21 @@ def _weights(
         pickled = sorted(p.name for p in folder.glob("*.bin"))
         if pickled:
             files.check_readable_format(folder / pickled[0], allow_pickle=False)
-    model, info = _reach(
-        name,
-        kind.from_pretrained,
-        source,
-        cache_dir=cache_dir,
-        use_safetensors=None if allow_pickle else True,
-        weights_only=True,
-        output_loading_info=True,
-    )
+    from safetensors import SafetensorError
+
+    try:
+        model, info = _reach(
+            name,
+            kind.from_pretrained,
+            source,
+            cache_dir=cache_dir,
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
+            output_loading_info=True,
+        )
+    except (RuntimeError, SafetensorError) as error:
+        short = " ".join(str(error).split())[:200]
+        raise ModelError(f"{name}: its weights cannot be used ({short})") from error
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("position_ids"))
     if missing or info.get("mismatched_keys"):
         raise ModelError(

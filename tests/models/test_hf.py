@@ -219,6 +219,16 @@ def test_weights_that_leave_parameters_random_are_refused(folder, tmp_path):
         load_model(f"hf:{tmp_path}", tokenizer=ClipTokens(), device="cpu")
 
 
+def test_damaged_weights_are_named(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:1000])
+    with pytest.raises(ModelError, match="cannot be used"):
+        load_model(f"hf:{tmp_path}", tokenizer=ClipTokens(), device="cpu")
+
+
 def test_pickled_folder_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")

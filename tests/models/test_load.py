@@ -167,6 +167,12 @@ def test_unreachable_weights_list_what_works_offline(tmp_path, monkeypatch):
         load("ViT-B-16/openai", cache_dir=None)
 
 
+def test_missing_folders_are_not_taken_for_repositories():
+    for name in ("hf:./not here", "hf-hub:./nowhere/at/all"):
+        with pytest.raises(ModelError, match="neither a folder that exists"):
+            load_model(name, device="cpu")
+
+
 def test_name_resolution_fails_at_once_without_a_network(monkeypatch):
     import socket
     import time
