@@ -7,6 +7,7 @@ it does not protect against somebody who recomputes it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -100,7 +101,8 @@ def write(threshold: Threshold, path: Path) -> Path:
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         if not isinstance(error, OSError):
             raise
         raise DataError(f"cannot write threshold {path}: {error.strerror or error}") from error

@@ -85,6 +85,8 @@ class Threshold:
         options: of the score: tau, c, ...
         model: fingerprint of the weights.
         prompts: digest of class names, templates and negatives.
+        recipe: how to compute these scores again, in words: model name, class names, templates.
+            Not compared; ``model`` and ``prompts`` are what must agree.
         source: name of the calibration images.
         created: ISO 8601.
         version: of fastood.
@@ -103,6 +105,7 @@ class Threshold:
     options: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     prompts: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     created: str = ""
     version: str = __version__
@@ -127,6 +130,7 @@ class Threshold:
         checked: dict[str, Any] = {
             "n": int(self.n),
             "options": plain_options(self.options),
+            "recipe": plain_options(self.recipe),
             "threshold": _number("threshold", self.threshold, infinite=True),
             "interval": _pair("interval", self.interval, infinite=True),
             "acceptance": _pair("acceptance", self.acceptance),
@@ -185,8 +189,8 @@ class Threshold:
         given, own = key_of(scores), self.key
         if is_scores(scores) and scores.higher != self.higher:
             raise ValueError(
-                f"scores: higher means {scores.higher} in these, but {self.higher} for this threshold "
-                f"({self.describe()}); calibrate again on scores of one orientation"
+                f"scores: higher means {scores.higher} in these, but {self.higher} for this "
+                f"threshold ({self.describe()}); calibrate again on scores of one orientation"
             )
         if own is not None and given is not None:
             from fastood.scores.result import ScoreKey
