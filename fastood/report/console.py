@@ -26,7 +26,7 @@ def console_table(results: Mapping[str, Any], *, intervals: bool = False) -> Tab
     view = MetricView(results)
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("OOD set", overflow="fold")
-    table.add_column("score", overflow="fold")
+    table.add_column("score", no_wrap=True)
     for metric in view.metrics:
         table.add_column(f"{metric.title.replace(', ', chr(10))} {metric.arrow}", justify="right")
     for name in view.columns:

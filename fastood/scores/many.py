@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastood.scores.bank import ClassBank, Head
+from fastood.scores.bank import ClassBank, Head, Similarities
 from fastood.scores.inputs import check_count, check_features
 from fastood.scores.registry import Methods, resolve
 
@@ -72,11 +73,7 @@ def score(
         )
     elif negatives is not None:
         raise ValueError("negatives: the head decides; give them to ClassBank(...) instead")
-    if not isinstance(text, Head):
-        raise TypeError(
-            "text: expected (K, D) features, a ClassBank or an object with "
-            f"similarities(features, local=None), got {type(text).__name__}"
-        )
+    check_head(text)
     bank = text if isinstance(text, ClassBank) else None
     resolved = resolve(
         methods,
@@ -86,19 +83,35 @@ def score(
         classes=None if bank is None else len(bank),
     )
     wants_local = any(spec.needs == "local" for spec, _ in resolved.values())
-    patches = local if wants_local else None
-    if rows is None:
-        width = 4096 if bank is None else len(bank)
-        if bank is not None and bank.negatives is not None:
-            width += bank.negatives.shape[0] * bank.negatives.shape[1]
-        rows = max(1, _BLOCK // (width * (1 if patches is None else 1 + patches.shape[1])))
-    else:
-        rows = check_count("rows", rows, 1, None)
-
     parts: dict[str, list[Tensor]] = {label: [] for label in resolved}
-    for i in range(0, max(1, len(image)), rows):
-        z = image[i : i + rows]
-        s = text.similarities(z, None if patches is None else patches[i : i + rows])
+    for z, s in similarity_blocks(text, image, local if wants_local else None, rows=rows):
         for label, (spec, options) in resolved.items():
             parts[label].append(spec.compute(s, z, **options))
     return {label: torch.cat(blocks) for label, blocks in parts.items()}
+
+
+def check_head(head: Any) -> None:
+    """Raise a TypeError unless ``head`` offers ``similarities``."""
+    if not isinstance(head, Head):
+        raise TypeError(
+            "text: expected (K, D) features, a ClassBank or an object with "
+            f"similarities(features, local=None), got {type(head).__name__}"
+        )
+
+
+def similarity_blocks(
+    head: Head, image: Tensor, local: Tensor | None = None, *, rows: int | None = None
+) -> Iterator[tuple[Tensor, Similarities]]:
+    """Features and their similarities, a block of rows at a time (one empty block for B = 0)."""
+    if rows is None:
+        width = 4096
+        if isinstance(head, ClassBank):
+            width = len(head)
+            if head.negatives is not None:
+                width += head.negatives.shape[0] * head.negatives.shape[1]
+        rows = max(1, _BLOCK // (width * (1 if local is None else 1 + local.shape[1])))
+    else:
+        rows = check_count("rows", rows, 1, None)
+    for i in range(0, max(1, len(image)), rows):
+        z = image[i : i + rows]
+        yield z, head.similarities(z, None if local is None else local[i : i + rows])

@@ -1,0 +1,99 @@
+"""The ``fastood`` command and what its exit codes mean."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import click
+import typer
+
+from fastood.cli import show
+from fastood.cli.about import cache_app, info, models
+from fastood.cli.evaluate import demo, evaluate, report
+from fastood.cli.screen import calibrate, score
+from fastood.errors import FastoodError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fastood",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Out-of-distribution detection for vision-language models.",
+    epilog=(
+        "Exit codes: 0 done, 1 a fault of fastood itself, 2 wrong or unusable input, "
+        "3 out-of-distribution images found (only with --fail-on-ood), 130 interrupted; "
+        "the same command then continues where it stopped."
+    ),
+)
+app.command("eval")(evaluate)
+app.command("report")(report)
+app.command("score")(score)
+app.command("calibrate")(calibrate)
+app.command("demo")(demo)
+app.command("models")(models)
+app.command("info")(info)
+app.add_typer(cache_app, name="cache")
+
+
+def _version(value: bool) -> None:
+    if value:
+        from fastood._version import __version__
+
+        typer.echo(f"fastood {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    show.plain_warnings()
+    try:
+        # standalone_mode=False hands errors and codes to us instead of printing and exiting
+        code: Any = app(args=arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as done:
+        return int(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        show.error("interrupted; what was encoded is kept, the same command continues from there")
+        return 130
+    except (ValueError, TypeError, FastoodError) as error:
+        if os.environ.get("FASTOOD_DEBUG") == "1":
+            raise
+        show.error(str(error))
+        return 2
+    except OSError as error:
+        show.error(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        return 2
+    except Exception as error:
+        if os.environ.get("FASTOOD_DEBUG") == "1":
+            raise
+        show.error(
+            f"unexpected {type(error).__name__}: {error}\n"
+            "This is a fault of fastood; FASTOOD_DEBUG=1 shows where."
+        )
+        return 1
+    finally:
+        warnings.resetwarnings()

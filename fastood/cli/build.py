@@ -1,0 +1,111 @@
+"""The pipeline a command asks for, in the order that finds mistakes before long work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastood.cli import inputs, show
+
+if TYPE_CHECKING:
+    from fastood.data.imageset import ImageSet
+    from fastood.features.featureset import FeatureSet
+    from fastood.pipeline import Pipeline
+
+__all__ = ["Request"]
+
+
+@dataclass
+class Request:
+    """The model side of a command, as typed."""
+
+    model: str
+    scores: Mapping[str, tuple[str, dict[str, Any]]] | None
+    class_names: Sequence[str] | None = None
+    templates: Sequence[str] | None = None
+    text_features: str | None = None
+    allow_duplicates: bool = False
+    negatives: str | None = None
+    train: str | None = None
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    cache: str | None = None
+    no_cache: bool = False
+    encoding: Mapping[str, Any] = field(default_factory=dict)
+    quiet: bool = False
+
+    @contextmanager
+    def pipeline(self, sets: Sequence[ImageSet | FeatureSet]) -> Iterator[Pipeline]:
+        """A pipeline whose progress shows while the block runs.
+
+        ``sets`` are those about to be scored: they decide whether patch scores are affordable.
+        """
+        from fastood.pipeline import Pipeline
+        from fastood.scores.registry import default_methods, resolve
+
+        if self.scores is not None:
+            resolve(  # names and options; what needs the model is checked by the pipeline
+                {
+                    k: (
+                        n,
+                        {**o, "fit": o.get("fit", "later")} if n in ("knn", "mahalanobis") else o,
+                    )
+                    for k, (n, o) in _without_fit_options(self.scores).items()
+                },
+                classes=None if self.class_names is None else len(self.class_names),
+            )
+        cache = inputs.open_cache(self.cache, off=self.no_cache)
+        negatives = None if self.negatives is None else inputs.read_lines(self.negatives)
+        train = None if self.train is None else inputs.read_set(self.train, name="training set")
+        text, names = None, self.class_names
+        if self.text_features is not None:
+            features = inputs.read_features(self.text_features)
+            text = features.image()
+            if names is None and features.class_names is not None:
+                names = features.class_names
+        encoder = None
+        if self.model != "none":
+            encoder = inputs.open_model(self.model, **self.weights)
+        methods: Any = self.scores
+        if methods is None:
+            local = inputs.affordable(encoder, sets)
+            if not local and encoder is not None and encoder.no_local is None:
+                show.note(
+                    "patch scores are left out: the patch features of this many images take more "
+                    "than 4 GB of cache; ask for them with --score gl_mcm"
+                )
+            methods = default_methods(local=local, classes=len(names) if names else 2)
+            methods += ["neg_label"] * (negatives is not None)
+            methods += ["mahalanobis", "knn"] * (train is not None)
+        with show.progress(quiet=self.quiet) as bar:
+            pipeline = Pipeline(
+                encoder,
+                names,
+                templates=_templates(self.templates),
+                methods=methods,
+                negatives=negatives,
+                text=text,
+                train=train,
+                allow_duplicates=self.allow_duplicates,
+                cache=cache,
+                progress=bar,
+                **self.encoding,
+            )
+            for message in pipeline.warnings:
+                show.note(message)
+            yield pipeline
+
+
+def _without_fit_options(
+    scores: Mapping[str, tuple[str, dict[str, Any]]],
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    from fastood.pipeline.methods import split_fit_options
+
+    return split_fit_options(scores)[0]
+
+
+def _templates(given: Sequence[str] | None) -> Any:
+    if not given:
+        return "mcm"
+    return given[0] if len(given) == 1 else list(given)

@@ -1,0 +1,215 @@
+"""From the words of a command to sets, scores, class names and a pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastood.errors import DataError
+
+if TYPE_CHECKING:
+    from fastood.data.imageset import ImageSet
+    from fastood.features.cache import FeatureCache
+    from fastood.features.featureset import FeatureSet
+    from fastood.models.base import Encoder
+
+__all__ = [
+    "affordable",
+    "open_cache",
+    "open_model",
+    "parse_scores",
+    "read_class_names",
+    "read_features",
+    "read_lines",
+    "read_named_set",
+    "read_set",
+    "read_sets",
+]
+
+_FEATURES = (".npz", ".npy", ".safetensors")
+_NAMED = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)
+_LOCAL_LIMIT = 4 << 30
+
+
+def read_set(
+    text: str, *, split: str | None = None, limit: int | None = None, name: str | None = None
+) -> ImageSet | FeatureSet:
+    """``PATH`` or ``NAME=PATH``: images, or features from an npz, npy or safetensors file."""
+    given, path = _named(text)
+    name = given or name
+    if Path(path).suffix.lower() in _FEATURES:
+        return read_features(path, name=name, split=split)
+    from fastood.data import load_images
+
+    return load_images(path, name=name, split=split, limit=limit)
+
+
+def read_features(path: str, *, name: str | None = None, split: str | None = None) -> FeatureSet:
+    from fastood.data import load_features
+
+    return load_features(path, name=name, split=split)
+
+
+def read_sets(
+    texts: Sequence[str], *, split: str | None, limit: int | None
+) -> list[ImageSet | FeatureSet]:
+    """OOD sets; a folder recognised as a collection gives every OOD set in it."""
+    from fastood.data import load_images, recognise
+
+    found: list[ImageSet | FeatureSet] = []
+    for text in texts:
+        name, path = _named(text)
+        layout = recognise(path) if name is None else None
+        parts = [] if layout is None else [s for s in layout.sets if s.role == "ood"]
+        if len(parts) > 1:
+            found += [load_images(p.source, name=p.name, split=p.split, limit=limit) for p in parts]
+        else:
+            found.append(read_set(text, split=split, limit=limit))
+    names = [s.name for s in found]
+    double = next((n for n in names if names.count(n) > 1), None)
+    if double is not None:
+        raise DataError(f"two OOD sets are called {double!r}; name them: --ood NAME=PATH")
+    return found
+
+
+def _named(text: str) -> tuple[str | None, str]:
+    match = _NAMED.fullmatch(text)
+    if match is None or Path(text).exists():
+        return None, text
+    return match[1], match[2]
+
+
+def parse_scores(texts: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """``mcm``, ``msp:tau=0.02``, ``sharp=delta_energy:tau=0.005,c=2`` to methods by label."""
+    methods: dict[str, tuple[str, dict[str, Any]]] = {}
+    for text in texts:
+        entries = text.split(",") if ":" not in text else [text]
+        for entry in filter(None, (e.strip() for e in entries)):
+            head, _, tail = entry.partition(":")
+            label, given, name = head.partition("=")
+            name = name if given else label
+            options: dict[str, Any] = {}
+            for pair in filter(None, tail.split(",")):
+                key, equals, value = pair.partition("=")
+                if not equals:
+                    raise ValueError(
+                        f"--score {text}: expected name:option=value,option=value, got {pair!r}"
+                    )
+                options[key.strip()] = _value(value.strip())
+            label = label if given else entry
+            if label in methods:
+                raise ValueError(f"--score {text}: {label!r} is asked for twice")
+            methods[label] = (name, options)
+    return methods
+
+
+def _value(text: str) -> Any:
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def read_named_set(
+    text: str, file: str | None, *, match: str, split: str | None, limit: int | None
+) -> tuple[ImageSet | FeatureSet, tuple[str, ...] | None]:
+    """The ID set and its class names: from a file, paired with the set's folders, or from those.
+
+    ``match="order"`` pairs the i-th name with the i-th folder; otherwise spelling decides.
+    """
+    from fastood.data import load_images
+    from fastood.data.prompts import clean_name
+
+    found = read_set(text, split=split, limit=limit)
+    if file is None:
+        names = found.class_names and tuple(clean_name(n) for n in found.class_names)
+    else:
+        names = read_class_names(file)
+        if found.class_names is not None:
+            given = _mapping_or_list(file)
+            name, path = _named(text)
+            if Path(path).suffix.lower() in _FEATURES:
+                if len(names) != len(found.class_names):
+                    raise DataError(
+                        f"{file}: expected {len(found.class_names)} class names as in {path}, got "
+                        f"{len(names)}"
+                    )
+            else:
+                found = load_images(
+                    path, name=name, split=split, limit=limit, class_names=given, match=match
+                )
+                names = found.class_names
+    if names is not None and found.class_names is not None:
+        found = dataclasses.replace(found, class_names=tuple(names))
+    return found, names
+
+
+def read_class_names(file: str) -> tuple[str, ...]:
+    """The names in a class-name file, in its order."""
+    given = _mapping_or_list(file)
+    return tuple(given.values() if isinstance(given, dict) else given)
+
+
+def _mapping_or_list(file: str) -> list[str] | dict[str, str]:
+    from fastood.data import prompts
+
+    return prompts.read_class_names(file)
+
+
+def read_lines(file: str) -> list[str]:
+    """Non-empty lines of a text file."""
+    try:
+        lines = [
+            line.strip() for line in Path(file).expanduser().read_text("utf-8-sig").splitlines()
+        ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: expected a text file with one prompt a line: {error}") from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise DataError(f"{file}: expected one prompt a line, the file is empty")
+    return lines
+
+
+def open_model(
+    name: str,
+    *,
+    pretrained: str | None,
+    checkpoint: str | None,
+    device: str | None,
+    dtype: str,
+    allow_pickle: bool,
+) -> Encoder:
+    from fastood.models import load_model
+
+    return load_model(
+        name,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        device=device,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+    )
+
+
+def open_cache(folder: str | None, *, off: bool) -> FeatureCache | None:
+    if off:
+        return None
+    from fastood.features import FeatureCache
+
+    return FeatureCache(folder)
+
+
+def affordable(encoder: Encoder | None, sets: Sequence[ImageSet | FeatureSet]) -> bool:
+    """Whether patch features of all sets stay small enough to be computed without being asked."""
+    if encoder is None:
+        return all(getattr(s, "has_local", False) for s in sets)
+    if encoder.no_local is not None or encoder.num_patches is None:
+        return False
+    images = sum(len(s) for s in sets)
+    return images * encoder.num_patches * encoder.embed_dim * 2 <= _LOCAL_LIMIT

@@ -1,0 +1,106 @@
+"""What a person sees: errors in one line, warnings once, progress with rate and time left."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastood.features.encode import Progress
+
+__all__ = ["console", "error", "note", "plain_warnings", "print_json", "progress"]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console; results go to stdout, everything else to stderr."""
+    from rich.console import Console
+
+    # a pipe or a log file has no width of its own; rich would assume 80 and fold the tables
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else 120
+    return Console(stderr=stderr, highlight=False, width=width)
+
+
+def error(message: str) -> None:
+    from rich.text import Text
+
+    console(stderr=True).print(Text.assemble(("error: ", "bold red"), message))
+
+
+def note(message: str) -> None:
+    from rich.text import Text
+
+    console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), message))
+
+
+def print_json(content: Mapping[str, Any] | list[Any]) -> None:
+    """Machine-readable output: one JSON document on stdout, nothing else there."""
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False) + "\n")
+
+
+def plain_warnings() -> None:
+    """Show each of our warnings once, as a line, without the source line Python adds."""
+    seen: set[str] = set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        del filename, lineno, file, line
+        text = str(message)
+        if issubclass(category, (UserWarning, RuntimeWarning)) and text not in seen:
+            seen.add(text)
+            note(text)
+
+    warnings.showwarning = show
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Progress | None]:
+    """A bar per image set, with images per second and time left."""
+    if quiet:
+        yield None
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console(stderr=True),
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def update(done: int, total: int, name: str) -> None:
+        from rich.markup import escape
+
+        if name not in tasks:
+            tasks[name] = bars.add_task(escape(name), total=total, rate="")
+        task = bars.tasks[tasks[name]]
+        speed = task.finished_speed or task.speed
+        bars.update(tasks[name], completed=done, rate=f"{speed:.0f} img/s" if speed else "")
+
+    with bars:
+        yield update

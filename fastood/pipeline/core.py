@@ -1,0 +1,394 @@
+"""A model with its classes and the scores asked of it: image sets in, oriented scores out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastood.data.imageset import ImageSet
+from fastood.errors import DataError, ModelError
+from fastood.features.featureset import FeatureSet
+from fastood.pipeline.methods import Fits, split_fit_options
+from fastood.scores.bank import ClassBank, Head
+from fastood.scores.many import check_head, similarity_blocks
+from fastood.scores.registry import Methods, default_methods, resolve
+from fastood.scores.result import ScoreKey, Scores
+
+if TYPE_CHECKING:
+    from fastood.calibration import Threshold
+    from fastood.features.cache import FeatureCache
+    from fastood.features.encode import Progress
+    from fastood.models.base import Encoder
+    from fastood.pipeline.evaluation import Evaluation
+
+__all__ = ["Pipeline", "ScoredSet"]
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """Every asked score of every readable image of a set.
+
+    Attributes:
+        features: the set they were computed from (names, paths, what was skipped).
+        predicted: (n,) index into the pipeline's ``class_names``.
+        labels: (n,) index of the true class among them, -1 where unknown; None if the set's
+            classes are not the pipeline's.
+        scores: label to ``Scores``, all ``higher="id"``.
+    """
+
+    features: FeatureSet
+    predicted: np.ndarray
+    labels: np.ndarray | None
+    scores: Mapping[str, Scores]
+
+    def __len__(self) -> int:
+        return len(self.predicted)
+
+
+class Pipeline:
+    """A frozen model, its class prompts, and the scores to compute.
+
+    Args:
+        encoder: the network; None if every set comes as features.
+        class_names: K names; None takes those of a classifier that has its own.
+        templates: template set by name (``"mcm"``), one template, or several.
+        methods: scores, as for ``fastood.score``; None takes all that need neither negative
+            labels nor training features. Options of ``fit_mahalanobis`` may be given among those
+            of ``mahalanobis``.
+        negatives: whole prompts of negative labels, for ``neg_label``.
+        groups: number of groups they are split into.
+        text: (K, D) ready class features instead of a text tower.
+        head: an adapted model with ``similarities(features, local)`` instead of class features.
+        train: labelled images or features that ``mahalanobis`` and ``knn`` are fitted to.
+        logit_scale: γ where there is no encoder to read it from; 100 if left open, as for CLIP.
+        allow_duplicates: let classes share a name (they tie exactly), with a warning.
+        cache: where features are kept; None keeps them in memory.
+        batch_size, workers, strict, verify: see ``encode_images``.
+        progress: called with (images done, images in total, set name).
+
+    Raises:
+        ValueError: duplicate or empty class names, unknown scores or options, unmet needs.
+        ModelError: a model without text tower, patch features or classes where they are needed.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder | None,
+        class_names: Sequence[str] | None = None,
+        *,
+        templates: str | Iterable[str] = "mcm",
+        methods: Methods | None = None,
+        negatives: Sequence[str] | None = None,
+        groups: int = 100,
+        text: Tensor | None = None,
+        head: Head | None = None,
+        train: ImageSet | FeatureSet | None = None,
+        logit_scale: float | None = None,
+        allow_duplicates: bool = False,
+        cache: FeatureCache | None = None,
+        batch_size: int = 64,
+        workers: int | None = None,
+        strict: bool = False,
+        verify: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.encoder, self.cache, self.progress = encoder, cache, progress
+        self._encode_options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "workers": workers,
+            "strict": strict,
+            "verify": verify,
+        }
+        self.templates: tuple[str, ...] = ()
+        self.warnings: list[str] = []
+        self.digest: str | None = None
+        self._names: tuple[str, ...] | None = None if class_names is None else tuple(class_names)
+        if logit_scale is None:
+            logit_scale = 100.0 if encoder is None else encoder.logit_scale
+        self.logit_scale = float(logit_scale)
+
+        has_local = encoder is not None and encoder.no_local is None
+        if methods is None:
+            methods = default_methods(local=has_local, classes=len(self._names or ("", "")))
+        asked, fit_options = split_fit_options(methods)
+        self._check_needs(asked, negatives, train, has_local)
+        self.head = self._build_head(head, text, templates, negatives, groups, allow_duplicates)
+        fits = Fits(fit_options, lambda: self.encode(_given(train)))
+        self._methods = resolve(
+            fits.filled(asked),
+            logit_scale=self.logit_scale,
+            negatives=negatives is not None,
+            classes=None if self._names is None else len(self._names),
+        )
+        self._fit_digests = fits.digests
+
+    # -- what was set up ---------------------------------------------------------------------
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        if self._names is None:
+            raise ModelError("class_names: this model does not name its classes; give them")
+        return self._names
+
+    @property
+    def wants_local(self) -> bool:
+        """Whether any score needs patch features."""
+        return any(spec.needs == "local" for spec, _ in self._methods.values())
+
+    @property
+    def model_fingerprint(self) -> str | None:
+        """Digest of the weights and, with an adapted head, of the adaptation."""
+        own = None if self.encoder is None else self.encoder.fingerprint
+        adaptation = getattr(self.head, "fingerprint", None)
+        return own if adaptation is None else f"{own}+{adaptation}"
+
+    def keys(self) -> dict[str, ScoreKey]:
+        """What each label stands for: score, complete options, model, prompts."""
+        return {
+            label: ScoreKey(
+                spec.name,
+                {**options, **self._fit_digests.get(label, {})},
+                self.model_fingerprint,
+                self.digest,
+            )
+            for label, (spec, options) in self._methods.items()
+        }
+
+    def formulas(self) -> dict[str, tuple[str, str]]:
+        """Formula and source of each label."""
+        return {label: (spec.formula, spec.source) for label, (spec, _) in self._methods.items()}
+
+    # -- the way from images to scores -------------------------------------------------------
+
+    def encode(self, images: ImageSet | FeatureSet, *, local: bool | None = None) -> FeatureSet:
+        """Features of a set: computed, mapped from the cache, or returned as given."""
+        if isinstance(images, FeatureSet):
+            return images
+        if self.encoder is None:
+            raise ModelError(f"{images.name}: images need a model; without one, give features")
+        from fastood.features.encode import encode_images
+
+        return encode_images(
+            self.encoder,
+            images,
+            local=False if local is None else local,
+            cache=self.cache,
+            progress=self.progress,
+            **self._encode_options,
+        )
+
+    def score(self, images: ImageSet | FeatureSet) -> ScoredSet:
+        """All asked scores of all readable images.
+
+        Raises:
+            DataError: if no image is readable, or one is not and ``strict``; if patch features are
+                needed and the features given have none.
+            ValueError: if features of another width than the classes are given.
+        """
+        features = self.encode(images, local=self.wants_local)
+        if self.wants_local and not features.has_local:
+            raise DataError(f"{features.name}: patch scores need an array 'local' (n, P, D)")
+        device = self._device()
+        parts: dict[str, list[np.ndarray]] = {label: [] for label in self._methods}
+        predicted: list[np.ndarray] = []
+        with torch.inference_mode():
+            for chunk in features.blocks():
+                image = chunk.image.to(device)
+                local = (
+                    chunk.local.to(device) if self.wants_local and chunk.local is not None else None
+                )
+                for z, s in similarity_blocks(self.head, image, local):
+                    predicted.append(s.image.argmax(dim=-1).cpu().numpy())
+                    for label, (spec, options) in self._methods.items():
+                        parts[label].append(spec.compute(s, z, **options).cpu().numpy())
+        return ScoredSet(
+            features,
+            np.concatenate(predicted),
+            self._own_labels(features),
+            {
+                label: Scores(np.concatenate(parts[label]), "id", key, features.name)
+                for label, key in self.keys().items()
+            },
+        )
+
+    def evaluate(
+        self,
+        id_set: ImageSet | FeatureSet,
+        ood_sets: Sequence[ImageSet | FeatureSet],
+        **options: Any,
+    ) -> Evaluation:
+        """Score one ID set and any number of OOD sets, and compare them.
+
+        Each set is encoded once, whatever the number of scores. See
+        ``fastood.pipeline.evaluation.evaluate_sets`` for the options.
+        """
+        from fastood.pipeline.evaluation import evaluate_sets
+
+        return evaluate_sets(self, id_set, ood_sets, **options)
+
+    def calibrate(
+        self, id_set: ImageSet | FeatureSet, *, score: str | None = None, tpr: float = 0.95
+    ) -> Threshold:
+        """A threshold that accepts ``tpr`` of in-distribution images, from a set of them.
+
+        Args:
+            score: label of the score; may be left out if there is only one.
+        """
+        from fastood.calibration import calibrate
+
+        label = self.label(score)
+        found = calibrate(self.score(id_set).scores[label], tpr=tpr)
+        return replace(found, recipe=self.recipe())
+
+    def recipe(self) -> dict[str, Any]:
+        """Model, classes and templates by name, as a saved threshold keeps them."""
+        return {
+            "model": None if self.encoder is None else self.encoder.name,
+            "class_names": list(self.class_names),
+            "templates": list(self.templates),
+        }
+
+    def label(self, score: str | None) -> str:
+        """The label ``score``, or the only one there is."""
+        if score is None and len(self._methods) == 1:
+            return next(iter(self._methods))
+        if score not in self._methods:
+            raise ValueError(f"score: expected one of {', '.join(self._methods)}, got {score!r}")
+        return score
+
+    def plan(
+        self, id_set: ImageSet | FeatureSet, ood_sets: Sequence[ImageSet | FeatureSet]
+    ) -> dict[str, Any]:
+        """What an evaluation would be of, known before anything is encoded."""
+        from fastood.pipeline.evaluation import describe_plan
+
+        return describe_plan(self, id_set, ood_sets)
+
+    # -- construction ------------------------------------------------------------------------
+
+    def _check_needs(
+        self,
+        asked: Mapping[str, tuple[str, Mapping[str, Any]]],
+        negatives: Sequence[str] | None,
+        train: ImageSet | FeatureSet | None,
+        has_local: bool,
+    ) -> None:
+        """Refuse what cannot work before a single prompt is encoded."""
+        probe = {
+            label: (name, {**options, "fit": "given"} if name in Fits.SCORES and train else options)
+            for label, (name, options) in asked.items()
+        }
+        try:
+            resolve(
+                probe,
+                logit_scale=self.logit_scale,
+                local=has_local if self.encoder is not None else None,
+                negatives=negatives is not None,
+                classes=None if self._names is None else len(self._names),
+            )
+        except ValueError as error:
+            reason = None if self.encoder is None else self.encoder.no_local
+            if "patch features" in str(error) and reason:
+                raise ModelError(f"{str(error).split(':')[0]}: {reason}") from None
+            raise
+
+    def _build_head(
+        self,
+        head: Head | None,
+        text: Tensor | None,
+        templates: str | Iterable[str],
+        negatives: Sequence[str] | None,
+        groups: int,
+        allow_duplicates: bool,
+    ) -> Head:
+        from fastood.features.text import encode_classes, encode_prompts, prompts_digest
+
+        encoder = self.encoder
+        if head is not None:
+            check_head(head)
+            self.digest = prompts_digest(self._names or (), ())
+            return head
+        if text is not None:
+            from fastood.data.prompts import check_class_names
+
+            bank = ClassBank(text)
+            if self._names is not None:
+                self.warnings += check_class_names(self._names, allow_duplicates=allow_duplicates)
+                if len(self._names) != len(bank):
+                    raise ValueError(
+                        f"class_names: expected one for each of {len(bank)} rows of text, got "
+                        f"{len(self._names)}"
+                    )
+            else:
+                self._names = tuple(f"class {k}" for k in range(len(bank)))
+            features = hashlib.blake2b(
+                bank.text.cpu().numpy().tobytes(), digest_size=16
+            ).hexdigest()
+            self.digest = prompts_digest(self._names, [f"features {features}"])
+            return bank
+        if encoder is None:
+            raise ModelError("expected a model, or class features (text=), or an adapted head")
+        if encoder.text is None:
+            make_head = getattr(encoder, "head", None)
+            if make_head is None:
+                raise ModelError(f"{encoder.name} has neither a text tower nor classes of its own")
+            own = make_head()
+            check_head(own)
+            names = getattr(encoder, "class_names", None)
+            if self._names is None and names is not None:
+                self._names = tuple(names)
+            self.digest = prompts_digest(self._names or (), ())
+            return own
+        if self._names is None:
+            raise ModelError(f"class_names: {encoder.name} scores the classes you name; give them")
+        classes = encode_classes(
+            encoder,
+            self._names,
+            templates=templates,
+            cache=self.cache,
+            allow_duplicates=allow_duplicates,
+        )
+        self.templates = classes.templates
+        self.warnings += classes.warnings
+        self.digest = prompts_digest(self._names, classes.templates, negatives)
+        if negatives is None:
+            return ClassBank(classes.features)
+        self.warnings += encoder.warn_prompts(list(negatives))
+        return ClassBank(
+            classes.features,
+            negatives=encode_prompts(encoder, negatives, cache=self.cache),
+            groups=groups,
+        )
+
+    def _device(self) -> torch.device:
+        if self.encoder is not None:
+            return self.encoder.device
+        return self.head.device if isinstance(self.head, ClassBank) else torch.device("cpu")
+
+    def _own_labels(self, features: FeatureSet) -> np.ndarray | None:
+        """The set's labels as indices of our classes, or None if its classes are others."""
+        if features.labels is None or features.class_names is None or self._names is None:
+            return None
+        own = {_spelling(name): k for k, name in enumerate(self._names)}
+        index = [own.get(_spelling(name), -1) for name in features.class_names]
+        if -1 in index:
+            return None
+        labels = features.labels
+        return np.where(labels < 0, -1, np.asarray(index, dtype=np.int64)[np.maximum(labels, 0)])
+
+
+def _given(train: ImageSet | FeatureSet | None) -> ImageSet | FeatureSet:
+    if train is None:  # _check_needs has refused this already
+        raise ValueError("train: mahalanobis and knn need training images")
+    return train
+
+
+def _spelling(name: str) -> str:
+    """A class name without what folder names do to it: case, underscores, hyphens."""
+    return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())

@@ -1,0 +1,337 @@
+"""One ID set against many OOD sets: metrics, thresholds, and a record of how they came about."""
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fastood._version import __version__
+from fastood.data.imageset import ImageSet
+from fastood.features.featureset import FeatureSet
+from fastood.pipeline.core import Pipeline, ScoredSet
+from fastood.pipeline.output import OutputFolder
+from fastood.report.table import ScoreTable
+
+__all__ = ["Evaluation", "evaluate_sets"]
+
+OpenImage = Callable[[str, str], bytes | None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        results: JSON-ready: metrics, thresholds, provenance (``results.json``).
+        table: one row per image (``scores.parquet``, ``scores.csv``).
+        open_image: (set name, path) to the bytes of an image, for the report's pictures.
+    """
+
+    results: dict[str, Any]
+    table: ScoreTable
+    open_image: OpenImage | None = field(default=None, repr=False)
+
+    def metric(self, ood: str, score: str, name: str) -> float:
+        """One number, for example ``metric("dtd", "mcm", "AUROC")``; ``"average"`` is a set too."""
+        for row in self.results["metrics"]:
+            if row["set"] == ood and row["score"] == score:
+                return float(row[name])
+        raise KeyError(f"no metrics of {score!r} on {ood!r}")
+
+    def save(self, folder: str | Path | OutputFolder) -> Path:
+        """Write ``scores.parquet``, ``scores.csv``, ``report.html`` and, last, ``results.json``.
+
+        ``results.json`` comes last, so that a folder that has one is complete.
+
+        Raises:
+            DataError: if the folder cannot be written or holds the results of something else.
+        """
+        from fastood.report import write_report
+
+        out = folder if isinstance(folder, OutputFolder) else OutputFolder(folder)
+        out.check(self.results)
+        self.table.save(out.path)
+        write_report(self.results, self.table, out.path / "report.html", open_image=self.open_image)
+        out.write_json("results.json", self.results)
+        return out.path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Evaluation:
+        """What ``save`` wrote; pictures are found again where the image files still are.
+
+        Raises:
+            DataError: if the folder holds no complete evaluation.
+        """
+        from fastood.pipeline.output import read_results
+        from fastood.pipeline.pictures import opener
+
+        results = read_results(Path(folder))
+        return cls(results, ScoreTable.load(folder), opener(results))
+
+
+def evaluate_sets(
+    pipeline: Pipeline,
+    id_set: ImageSet | FeatureSet,
+    ood_sets: Sequence[ImageSet | FeatureSet],
+    *,
+    calibration: ImageSet | FeatureSet | None = None,
+    tpr: float = 0.95,
+    aupr: Literal["ap", "trapezoid"] = "ap",
+    resamples: int = 1000,
+    seed: int = 0,
+    command: str | None = None,
+    notes: Sequence[str] = (),
+) -> Evaluation:
+    """Score every set once, then compare the ID set with each OOD set under every score.
+
+    Args:
+        calibration: in-distribution images, other than ``id_set``, that thresholds are taken from;
+            without it they come from ``id_set`` itself, and the results say so.
+        tpr: share of ID images thresholds accept, and the recall of the FPR metrics.
+        aupr: how AUPR integrates, see ``fastood.metrics.evaluate``.
+        resamples, seed: of the bootstrap intervals; 0 resamples leave them out (DeLong stays).
+        command, notes: kept in the results.
+    Raises:
+        ValueError: no OOD set, or sets of one name; DataError where images cannot be used.
+    """
+    from fastood.metrics.ranks import check_tpr
+
+    started = time.perf_counter()
+    tpr = check_tpr(tpr)
+    names = [id_set.name, *(s.name for s in ood_sets)]
+    if not ood_sets:
+        raise ValueError("ood_sets: expected at least one OOD set, got none")
+    if len(set(names)) != len(names) or "average" in names:
+        raise ValueError(f"expected every set under its own name (not 'average'), got {names}")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        scored_id = pipeline.score(id_set)
+        scored_ood = [pipeline.score(s) for s in ood_sets]
+        scored_calibration = None if calibration is None else pipeline.score(calibration)
+        scored = time.perf_counter()
+        rows = _metric_rows(scored_id, scored_ood, tpr, aupr, resamples, seed)
+        thresholds = _thresholds(scored_calibration or scored_id, scored_calibration is None, tpr)
+    for entry in caught:
+        warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
+    seconds = {"scores": scored - started, "metrics": time.perf_counter() - scored}
+
+    results = {
+        "schema": 1,
+        "fastood": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        **describe_plan(pipeline, id_set, ood_sets),
+        "id": {**_describe(scored_id), "accuracy": _accuracy(scored_id)},
+        "ood": [_describe(found) for found in scored_ood],
+        "calibration": None if scored_calibration is None else _describe(scored_calibration),
+        "metrics": rows,
+        "thresholds": thresholds,
+        "notes": [*notes, *_notes(scored_id, scored_calibration is None)],
+        "warnings": list(dict.fromkeys(str(entry.message) for entry in caught)),
+        "settings": {"tpr": tpr, "aupr": aupr, "resamples": resamples, "seed": seed},
+        "versions": _versions(),
+        "seconds": seconds,
+    }
+    table = _table(pipeline, scored_id, scored_ood)
+    return Evaluation(results, table, _opener([id_set, *ood_sets]))
+
+
+def describe_plan(
+    pipeline: Pipeline,
+    id_set: ImageSet | FeatureSet,
+    ood_sets: Sequence[ImageSet | FeatureSet],
+) -> dict[str, Any]:
+    """The part of the results that is known before any image is encoded."""
+    return {
+        "model": _model(pipeline),
+        "prompts": {
+            "templates": list(pipeline.templates),
+            "class_names": list(pipeline.class_names),
+            "digest": pipeline.digest,
+            "warnings": list(pipeline.warnings),
+        },
+        "scores": _scores(pipeline),
+        "id": {"name": id_set.name, "root": _root(id_set)},
+        "ood": [{"name": s.name, "root": _root(s)} for s in ood_sets],
+    }
+
+
+def _root(given: ImageSet | FeatureSet) -> str:
+    return given.root if isinstance(given, ImageSet) else str(given.provenance.get("root", ""))
+
+
+def _metric_rows(
+    scored_id: ScoredSet,
+    scored_ood: Sequence[ScoredSet],
+    tpr: float,
+    aupr: Literal["ap", "trapezoid"],
+    resamples: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    from fastood.metrics import average, evaluate
+
+    rows: list[dict[str, Any]] = []
+    each: dict[str, list[Any]] = {label: [] for label in scored_id.scores}
+    for ood in scored_ood:
+        enough = min(len(scored_id), len(ood)) >= 2
+        for label, id_scores in scored_id.scores.items():
+            found = evaluate(
+                id_scores,
+                ood.scores[label],
+                tpr=tpr,
+                aupr=aupr,
+                intervals=(True if resamples else "delong") if enough else None,
+                resamples=resamples or 1000,
+                seed=seed,
+            )
+            each[label].append(found)
+            rows.append({"set": ood.features.name, "score": label, **found.as_dict()})
+    if len(scored_ood) > 1:
+        for label, found_all in each.items():
+            rows.append({"set": "average", "score": label, **average(found_all).as_dict()})
+    return rows
+
+
+def _thresholds(scored: ScoredSet, same: bool, tpr: float) -> dict[str, Any]:
+    from fastood.calibration import calibrate
+
+    source = f"{scored.features.name} ({len(scored)} images)"
+    if same:
+        source += ", the evaluated ID set itself: its acceptance is tpr by construction"
+    return {
+        label: {**calibrate(values, tpr=tpr).as_dict(), "source": source}
+        for label, values in scored.scores.items()
+    }
+
+
+def _model(pipeline: Pipeline) -> dict[str, Any]:
+    encoder = pipeline.encoder
+    if encoder is None:
+        return {
+            "name": "features given",
+            "fingerprint": None,
+            "logit_scale": pipeline.logit_scale,
+            "logit_bias": 0.0,
+            "embed_dim": None,
+            "device": "cpu",
+            "dtype": "as given",
+            "preprocess": None,
+        }
+    return {
+        "name": encoder.name,
+        "fingerprint": pipeline.model_fingerprint,
+        "logit_scale": encoder.logit_scale,
+        "logit_bias": encoder.logit_bias,
+        "embed_dim": encoder.embed_dim,
+        "device": str(encoder.device),
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "preprocess": encoder.preprocess_id,
+    }
+
+
+def _scores(pipeline: Pipeline) -> dict[str, Any]:
+    formulas = pipeline.formulas()
+    return {
+        label: {
+            "name": key.score,
+            "options": dict(key.options),
+            "higher": "id",
+            "formula": formulas[label][0],
+            "source": formulas[label][1],
+        }
+        for label, key in pipeline.keys().items()
+    }
+
+
+def _describe(scored: ScoredSet) -> dict[str, Any]:
+    features = scored.features
+    return {
+        "name": features.name,
+        "root": str(features.provenance.get("root", "")),
+        "layout": str(features.provenance.get("layout", "features")),
+        "images": len(features),
+        "encoded": features.encoded,
+        "skipped": [{"path": s.path, "reason": s.reason} for s in features.skipped],
+    }
+
+
+def _accuracy(scored: ScoredSet) -> dict[str, Any] | None:
+    if scored.labels is None or not (scored.labels >= 0).any():
+        return None
+    from fastood.metrics import accuracy
+
+    known = scored.labels >= 0
+    found = accuracy(scored.predicted[known], scored.labels[known])
+    return {"value": found.value, "n": found.n, "interval": list(found.interval)}
+
+
+def _notes(scored_id: ScoredSet, same: bool) -> list[str]:
+    notes = []
+    if scored_id.features.labels is not None and scored_id.labels is None:
+        notes.append(
+            "ID accuracy is not given: the ID set's classes are not the classes that were prompted."
+        )
+    if same:
+        notes.append(
+            "Thresholds come from the evaluated ID images themselves; give a separate calibration "
+            "set to see how they hold on new images."
+        )
+    return notes
+
+
+def _table(pipeline: Pipeline, scored_id: ScoredSet, scored_ood: Sequence[ScoredSet]) -> ScoreTable:
+    sets = [(scored_id, "id"), *((s, "ood") for s in scored_ood)]
+    own = np.asarray(pipeline.class_names, dtype=object)
+    columns: dict[str, list[Any]] = {
+        k: [] for k in ("set", "role", "path", "label", "class_name", "predicted")
+    }
+    for scored, role in sets:
+        features, n = scored.features, len(scored)
+        columns["set"] += [features.name] * n
+        columns["role"] += [role] * n
+        columns["path"] += list(features.paths)
+        labels = features.labels if role == "ood" or scored.labels is None else scored.labels
+        names = features.class_names if labels is features.labels else tuple(own)
+        for y in [-1] * n if labels is None else labels.tolist():
+            columns["label"].append(None if y < 0 else y)
+            columns["class_name"].append(None if y < 0 or names is None else names[y])
+        columns["predicted"] += own[scored.predicted].tolist()
+    return ScoreTable.from_columns(
+        **columns,
+        scores={
+            label: np.concatenate([s.scores[label].values for s, _ in sets])
+            for label in scored_id.scores
+        },
+    )
+
+
+def _opener(sets: Sequence[ImageSet | FeatureSet]) -> OpenImage:
+    readers: Mapping[str, Mapping[str, Callable[[], bytes]]] = {
+        s.name: {item.path: item.read for item in s} for s in sets if isinstance(s, ImageSet)
+    }
+
+    def open_image(set_name: str, path: str) -> bytes | None:
+        read = readers.get(set_name, {}).get(path)
+        return None if read is None else read()
+
+    return open_image
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "open_clip_torch", "transformers", "timm", "pillow", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

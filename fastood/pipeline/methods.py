@@ -1,0 +1,95 @@
+"""Scores that are fitted first: their options split, their banks built once and digested."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastood.errors import DataError
+from fastood.features.featureset import FeatureSet
+from fastood.scores.fitted import fit_knn, fit_mahalanobis
+from fastood.scores.registry import Methods
+
+__all__ = ["Fits", "split_fit_options"]
+
+Asked = dict[str, tuple[str, dict[str, Any]]]
+
+_FIT_OPTIONS = {"mahalanobis": ("normalize", "eps", "shrinkage"), "knn": ()}
+
+
+def split_fit_options(methods: Methods) -> tuple[Asked, dict[str, dict[str, Any]]]:
+    """``{label: (name, options)}`` and, of the fitted scores, the options of their fit."""
+    asked: Asked = {}
+    fitting: dict[str, dict[str, Any]] = {}
+    if isinstance(methods, str):
+        methods = [methods]
+    if isinstance(methods, Mapping):
+        for label, entry in methods.items():
+            name, options = (entry, {}) if isinstance(entry, str) else entry
+            asked[label] = (name, dict(options))
+    else:
+        for name in methods:
+            if name in asked:
+                raise ValueError(f"methods: {name!r} is asked for twice")
+            asked[name] = (name, {})
+    for label, (name, options) in asked.items():
+        if name in _FIT_OPTIONS and options.get("fit") is None:
+            fitting[label] = {k: options.pop(k) for k in _FIT_OPTIONS[name] if k in options}
+    return asked, fitting
+
+
+class Fits:
+    """Banks of training features for the labels that need one; the features are got once.
+
+    Attributes:
+        digests: label to ``{"fit": digest}`` (and the options of the fit), for score keys.
+    """
+
+    SCORES = tuple(_FIT_OPTIONS)
+
+    def __init__(
+        self, options: Mapping[str, Mapping[str, Any]], features: Callable[[], FeatureSet]
+    ) -> None:
+        self._options, self._get = options, features
+        self._features: FeatureSet | None = None
+        self.digests: dict[str, dict[str, Any]] = {}
+
+    def filled(self, asked: Asked) -> Asked:
+        """``asked`` with every missing ``fit`` in place."""
+        filled: Asked = {}
+        for label, (name, options) in asked.items():
+            if label not in self._options:
+                filled[label] = (name, options)
+                continue
+            if self._features is None:
+                self._features = self._get()
+            bank: Any
+            if name == "knn":
+                bank = fit_knn(self._features.image())
+                digest = _digest(bank.features)
+            else:
+                bank = fit_mahalanobis(
+                    self._features.image(), self._labels(), **self._options[label]
+                )
+                digest = _digest(bank.means, bank.whiten)
+            self.digests[label] = {**self._options[label], "fit": digest}
+            filled[label] = (name, {**options, "fit": bank})
+        return filled
+
+    def _labels(self) -> Tensor:
+        features = self._features
+        if features is None or features.labels is None or (features.labels < 0).any():
+            name = "the training set" if features is None else features.name
+            raise DataError(f"{name}: mahalanobis needs a class for every training image")
+        return torch.from_numpy(features.labels)
+
+
+def _digest(*tensors: Tensor) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
