@@ -81,6 +81,10 @@ class Encoder(ABC):
             ModelError: if ``local=True`` and the tower defines no local features (says which).
         """
 
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, D) global features: an encoder also is the plain function other toolkits ask for."""
+        return self.encode_image(pixels).image
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """(N, D) unnormalised features of N prompts."""
         raise ModelError(f"{self.name} has no text tower; it scores its own classes only")
