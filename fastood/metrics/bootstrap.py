@@ -27,14 +27,13 @@ def check_resamples(resamples: int) -> int:
     return int(resamples)
 
 
-def weights(n: int, m: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def weights(n: int, m: int, resamples: int, seed: int, ood_salt: int = 0) -> Iterator[np.ndarray]:
     """How often each image was drawn, (n + m,) int64 per resample; the same for equal arguments.
 
-    The two sides have streams of their own, so the ID draws of several evaluations against
-    different OOD sets are shared.
+    The two sides have streams of their own: evaluations of one ID set against several OOD sets
+    share their ID draws, and with different salts draw independently from the OOD sets.
     """
-    id_seed, ood_seed = np.random.SeedSequence(seed).spawn(2)
-    id_rng, ood_rng = np.random.default_rng(id_seed), np.random.default_rng(ood_seed)
+    id_rng, ood_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1, ood_salt])
     for _ in range(resamples):
         yield np.concatenate(
             (
@@ -51,6 +50,7 @@ def resample(
     sizes: tuple[int, int],
     resamples: int,
     seed: int,
+    ood_salt: int = 0,
 ) -> dict[str, np.ndarray]:
     """Bootstrap replicates of every statistic for every layout, with shared draws.
 
@@ -60,12 +60,13 @@ def resample(
         sizes: (n, m).
         resamples: number of replicates.
         seed: of the draws.
+        ood_salt: makes the OOD draws differ from those of another OOD set of equal size.
 
     Returns:
         for each statistic a (methods, resamples) float64 array.
     """
     found = {name: np.empty((len(layouts), resamples)) for name in statistics}
-    for draw, weight in enumerate(weights(*sizes, resamples, seed)):
+    for draw, weight in enumerate(weights(*sizes, resamples, seed, ood_salt)):
         for method, layout in enumerate(layouts):
             counts = layout.counts(weight)
             for name, statistic in statistics.items():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from fastood.metrics.bootstrap import Statistic, check_resamples, percentile_interval, resample
 from fastood.metrics.counts import AuprRule, Counts, Layout
@@ -102,13 +105,16 @@ def evaluate(
     if autc:
         found["AUTC"] = autc_of(pair)
     bounds: dict[str, tuple[float, float]] = {}
+    replicates: dict[str, np.ndarray] = {}
     if intervals:
         check_two_each(counts.n_id, counts.n_ood, "intervals")
-        if intervals != "bootstrap":
-            bounds["AUROC"] = auroc_interval(counts, confidence)
-            del statistics["AUROC"]
         if intervals != "delong":
-            bounds.update(_bootstrap(pair, statistics, confidence, resamples, seed))
+            replicates = _replicates(pair, statistics, resamples, seed)
+            bounds = {
+                name: percentile_interval(drawn, confidence) for name, drawn in replicates.items()
+            }
+        if intervals != "bootstrap":
+            bounds = {**bounds, "AUROC": auroc_interval(counts, confidence)}
     return Metrics(
         found,
         n_id=counts.n_id,
@@ -117,17 +123,22 @@ def evaluate(
         aupr_rule=aupr,
         intervals=bounds,
         confidence=confidence if bounds else None,
+        replicates=replicates,
+        draw=(seed, resamples, zlib.crc32(pair.id.tobytes())) if replicates else None,
     )
 
 
-def _bootstrap(
-    pair: Pair, statistics: dict[str, Statistic], confidence: float, resamples: int, seed: int
-) -> dict[str, tuple[float, float]]:
-    replicates = resample(
-        [Layout.of(*pair)],
+def _replicates(
+    pair: Pair, statistics: dict[str, Statistic], resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    layout = Layout.of(*pair)
+    found = resample(
+        [layout],
         statistics,
         sizes=(len(pair.id), len(pair.ood)),
         resamples=resamples,
         seed=seed,
+        # By ranks alone, so that a monotone transform of the scores changes no interval.
+        ood_salt=zlib.crc32(layout.is_ood.tobytes()),
     )
-    return {name: percentile_interval(found[0], confidence) for name, found in replicates.items()}
+    return {name: drawn[0] for name, drawn in found.items()}

@@ -8,6 +8,10 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
+
+from fastood.metrics.bootstrap import percentile_interval
+
 __all__ = ["Metrics", "average", "fpr_key"]
 
 _ALIASES = {"AUPR_IN": "AUPR-IN", "AUPR_OUT": "AUPR-OUT"}
@@ -43,6 +47,9 @@ class Metrics(dict[str, float]):
         aupr_rule: ``"ap"`` or ``"trapezoid"``.
         intervals: metric name to (low, high); empty unless asked for.
         confidence: level of the intervals, None without any.
+        replicates: bootstrap replicates behind the intervals; empty without any.
+        draw: what the replicates were drawn from; results with the same one share their draws of
+            ID images. None without any.
 
     Example:
         >>> found = Metrics({"AUROC": 0.9, "FPR95-OOD": 0.2}, n_id=10, n_ood=5)
@@ -60,6 +67,8 @@ class Metrics(dict[str, float]):
         aupr_rule: str = "ap",
         intervals: Mapping[str, tuple[float, float]] | None = None,
         confidence: float | None = None,
+        replicates: Mapping[str, np.ndarray] | None = None,
+        draw: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(values)
         self.n_id = n_id
@@ -68,6 +77,8 @@ class Metrics(dict[str, float]):
         self.aupr_rule = aupr_rule
         self.intervals = dict(intervals or {})
         self.confidence = confidence
+        self.replicates = dict(replicates or {})
+        self.draw = draw
 
     def __missing__(self, key: str) -> float:
         name = _canonical(key)
@@ -104,7 +115,9 @@ def average(results: Iterable[Metrics]) -> Metrics:
         results: one :class:`Metrics` per OOD set, made with the same options.
 
     Returns:
-        means; no intervals, since the sets share their ID images.
+        means. If every result was bootstrapped with one seed on the same ID scores, also their
+        percentile intervals, AUROC included: the replicates then share the drawn ID images, so
+        averaging them counts that noise once. Otherwise no intervals.
 
     Raises:
         ValueError: for no results, or results of different options.
@@ -128,10 +141,19 @@ def average(results: Iterable[Metrics]) -> Metrics:
             )
     means = {key: math.fsum(one[key] for one in found) / len(found) for key in first}
     sizes = {one.n_id for one in found}
+    bounds: dict[str, tuple[float, float]] = {}
+    if first.draw is not None and all(
+        (one.draw, one.confidence) == (first.draw, first.confidence) for one in found
+    ):
+        for key in first.replicates:
+            drawn = np.mean([one.replicates[key] for one in found], axis=0)
+            bounds[key] = percentile_interval(drawn, first.confidence or 0.95)
     return Metrics(
         means,
         n_id=sizes.pop() if len(sizes) == 1 else sum(one.n_id for one in found),
         n_ood=sum(one.n_ood for one in found),
         tpr=first.tpr,
         aupr_rule=first.aupr_rule,
+        intervals=bounds,
+        confidence=first.confidence if bounds else None,
     )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastood.metrics import compare, evaluate
+from fastood.metrics import average, compare, evaluate
 from fastood.metrics.bootstrap import resample, weights
 from fastood.metrics.counts import Counts, Layout
 from fastood.metrics.delong import auroc_variance, components
@@ -105,6 +105,47 @@ def test_bootstrap_is_seeded():
     assert evaluate(a, b).intervals == {} and evaluate(a, b).confidence is None
     wide = evaluate(a, b, intervals="delong", confidence=0.99).intervals
     assert set(wide) == {"AUROC"} and wide["AUROC"][0] < one["AUROC"][0]
+
+
+def test_average_interval_shares_the_drawn_id_images():
+    """Its variance is that of one bootstrap over all sets at once: ID noise does not average out,
+    OOD noise does."""
+    rng = np.random.default_rng(11)
+    a = rng.normal(1, 1, 60)
+    sets = [rng.normal(0, 1, 2000) for _ in range(4)]
+    results = [evaluate(a, b, intervals=True) for b in sets]
+    mean = average(results)
+    assert set(mean.intervals) == set(mean) and mean.confidence == 0.95
+
+    def width(found):
+        return found.intervals["AUROC"][1] - found.intervals["AUROC"][0]
+
+    # With few ID images nearly all noise is theirs; independent draws would halve the width.
+    assert width(mean) > 0.85 * width(results[0])
+    for key, (low, high) in mean.intervals.items():
+        assert low <= mean[key] <= high
+    swapped = [evaluate(-b, -a, intervals=True) for b in sets]  # other ID images each time
+    assert average(swapped).intervals == {} and average(swapped).confidence is None
+    other_seed = evaluate(a, sets[1], intervals=True, seed=1)
+    assert average([results[0], other_seed]).intervals == {}
+    assert average([results[0], evaluate(a, sets[1], intervals="delong")]).intervals == {}
+    assert average([results[0], evaluate(a, sets[1])]).intervals == {}
+
+
+def test_average_interval_does_not_share_the_ood_draws():
+    """Two sets in the same order would otherwise be drawn alike, as if their noise were one."""
+    rng = np.random.default_rng(12)
+    a = rng.normal(1, 1, 3000)
+    one, other = (np.sort(rng.normal(0, 1, 60)) for _ in range(2))
+    results = [evaluate(a, b, intervals="bootstrap") for b in (one, other)]
+    drawn = np.corrcoef([found.replicates["AUROC"] for found in results])[0, 1]
+    assert drawn < 0.3  # 0.99 with shared draws
+
+
+def test_intervals_ignore_monotone_transforms():
+    a, b = draw(np.random.default_rng(13), 60, 50)
+    want = evaluate(a, b, intervals=True, resamples=100)
+    assert evaluate(np.exp(a), np.exp(b), intervals=True, resamples=100).intervals == want.intervals
 
 
 def test_auroc_interval_at_the_borders():

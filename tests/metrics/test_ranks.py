@@ -160,7 +160,8 @@ def test_roc_keeps_every_corner_and_the_area(positive, decimals):
     x, y = roc(a, b, positive=positive)
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
     assert (np.diff(x) >= 0).all() and (np.diff(y) >= 0).all()
-    assert np.trapezoid(y, x) == pytest.approx(auroc(a, b), **SUM)
+    area = (np.diff(x) * (y[1:] + y[:-1])).sum() / 2
+    assert area == pytest.approx(auroc(a, b), **SUM)
     # Thinning leaves the same polygon: every full-resolution point lies on it.
     positives, negatives = (a, b) if positive == "id" else (-b, -a)
     thresholds = np.unique(np.r_[a, b] if positive == "id" else -np.r_[a, b])[::-1]
