@@ -30,13 +30,13 @@ def console(*, stderr: bool = False) -> Console:
 def error(message: str) -> None:
     from rich.text import Text
 
-    console(stderr=True).print(Text.assemble(("error: ", "bold red"), message))
+    console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
 def note(message: str) -> None:
     from rich.text import Text
 
-    console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), message))
+    console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), message), soft_wrap=True)
 
 
 def print_json(content: Mapping[str, Any] | list[Any]) -> None:
