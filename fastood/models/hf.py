@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -223,7 +224,10 @@ def _reach(name: str, read: Callable[..., Any], source: str, **options: Any) -> 
 def _weights(
     kind: Any, source: str, name: str, allow_pickle: bool, cache_dir: str | None
 ) -> nn.Module:
-    """The model, from safetensors unless pickles are allowed, with every weight accounted for."""
+    """The model, from safetensors unless pickles are allowed, with every weight accounted for.
+
+    transformers reads pickles with ``weights_only=True`` of its own accord in every version.
+    """
     folder = Path(source)
     if folder.is_dir() and not allow_pickle and not list(folder.glob("*.safetensors")):
         pickled = sorted(p.name for p in folder.glob("*.bin"))
@@ -238,10 +242,9 @@ def _weights(
             source,
             cache_dir=cache_dir,
             use_safetensors=None if allow_pickle else True,
-            weights_only=True,
             output_loading_info=True,
         )
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         short = " ".join(str(error).split())[:200]
         raise ModelError(f"{name}: its weights cannot be used ({short})") from error
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("position_ids"))

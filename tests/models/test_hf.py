@@ -240,3 +240,23 @@ def test_unsupported_folder_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ModelError, match="model_type 'bert'"):
         load_model(f"hf:{tmp_path}", device="cpu")
+
+
+def test_allowed_pickles_are_still_never_run(folder, tmp_path):
+    from pathlib import Path
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "exploded",)
+
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    weights = transformers.CLIPModel.from_pretrained(folder).state_dict()
+    options = {"tokenizer": ClipTokens(), "device": "cpu", "allow_pickle": True}
+    torch.save({**weights, "bomb": Bomb()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError):
+        load_model(f"hf:{tmp_path}", **options)
+    assert not (tmp_path / "exploded").exists()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    same = load_model(f"hf:{tmp_path}", **options).fingerprint
+    assert same == load_model(f"hf:{folder}", tokenizer=ClipTokens(), device="cpu").fingerprint

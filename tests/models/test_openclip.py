@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from fastood.models import OpenClipEncoder
 from fastood.models.cropping import CausalText
+from fastood.models.fingerprint import weights_digest
 from tests.models import tiny
 
 PROMPTS = ["a", "a photo of a cat", "a photo of a very long-haired dachshund, a type of pet."]
@@ -64,6 +65,15 @@ def test_towers_that_may_look_further_take_the_full_context(text):
     with torch.no_grad():
         full = model.encode_text(tiny.TOKENIZER(PROMPTS))
     assert torch.equal(enc.encode_text(PROMPTS), full)
+
+
+def test_a_mask_that_is_not_causal_takes_the_full_context():
+    model = tiny.clip()
+    model.attn_mask.zero_()
+    enc = encoder(model)
+    assert not enc.text.croppable
+    with torch.no_grad():
+        assert torch.equal(enc.encode_text(PROMPTS), model.encode_text(tiny.TOKENIZER(PROMPTS)))
 
 
 def test_crop_that_disagrees_falls_back_with_one_warning():
@@ -151,7 +161,7 @@ def test_fingerprint_follows_weights_architecture_precision_and_tokenizer():
     others = {
         "activation": encoder(tiny.clip(quick_gelu=True)),
         "heads": encoder(tiny.clip(tiny.vision(head_width=tiny.WIDTH // 2))),
-        "text pooling": encoder(tiny.clip(text={"pool_type": "eos", "eos_id": 49407})),
+        "text pooling": encoder(tiny.clip(text={"pool_type": "last"})),
         "dtype": encoder(tiny.clip(), dtype=torch.bfloat16),
         "tokenizer": OpenClipEncoder(
             tiny.clip(), tiny.blank, open_clip.SimpleTokenizer(clean="whitespace")
@@ -163,6 +173,22 @@ def test_fingerprint_follows_weights_architecture_precision_and_tokenizer():
     with torch.no_grad():
         base.model.visual.proj[0, 0] += 1e-6
     assert base.fingerprint != before
+
+
+def test_digest_depends_on_every_part_of_the_state():
+    zeros = torch.zeros(2, 3, dtype=torch.float16)
+    states = [
+        ({"a": zeros}, {}),
+        ({"b": zeros}, {}),
+        ({"a": zeros.bfloat16()}, {}),
+        ({"a": zeros.T}, {}),
+        ({"a": zeros, "b": zeros}, {}),
+        ({"a": zeros + 1}, {}),
+        ({"a": zeros}, {"heads": 2}),
+    ]
+    assert len({weights_digest(*s) for s in states}) == len(states)
+    strided = torch.arange(12.0).reshape(3, 4)[:, ::2]
+    assert weights_digest({"a": strided}, {}) == weights_digest({"a": strided.contiguous()}, {})
 
 
 def test_fingerprint_is_remembered(monkeypatch):
