@@ -47,7 +47,11 @@ class DigestTable:
         self._file = file
         self._lock = threading.Lock()
         self._pending: list[tuple[Stamp, bytes]] = []
-        self._database = self._open() or self._rebuild()
+        self._database: sqlite3.Connection | None = None
+        try:
+            self._database = self._open()
+        except sqlite3.Error as error:
+            self._recover(error)
 
     @staticmethod
     def stamp(item: ImageItem) -> Stamp | None:
@@ -110,35 +114,15 @@ class DigestTable:
                 self._database.close()
                 self._database = None
 
-    def _open(self) -> sqlite3.Connection | None:
-        database = None
+    def _open(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._file, timeout=10.0, check_same_thread=False)
         try:
-            database = sqlite3.connect(self._file, timeout=10.0, check_same_thread=False)
             database.execute(_SCHEMA)
             database.execute("SELECT size, ctime_ns, digest FROM digests LIMIT 1").fetchone()
-            database.execute(
-                "PRAGMA synchronous = OFF"
-            )  # a shortcut table need not survive a crash
-            return database
+            database.execute("PRAGMA synchronous = OFF")  # a crash may cost the table, no more
         except sqlite3.Error:
-            if database is not None:
-                database.close()
-            return None
-
-    def _rebuild(self) -> sqlite3.Connection | None:
-        why = "it is damaged"
-        try:
-            self._file.unlink(missing_ok=True)
-            database = self._open()
-        except OSError as error:
-            database, why = None, str(error)
-        outcome = "built again" if database is not None else f"not used ({why})"
-        warnings.warn(
-            f"table of known file digests {path_text(self._file)}: could not be read, {outcome}; "
-            "images are read once more",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+            database.close()
+            raise
         return database
 
     def _recover(self, error: sqlite3.Error) -> None:
@@ -147,7 +131,19 @@ class DigestTable:
             return
         if self._database is not None:
             self._database.close()
-        self._database = self._rebuild()
+            self._database = None
+        try:
+            self._file.unlink(missing_ok=True)
+            self._database = self._open()
+            outcome = "built again"
+        except (OSError, sqlite3.Error) as again:
+            outcome = f"not used ({again})"
+        warnings.warn(
+            f"table of known file digests {path_text(self._file)}: could not be read ({error}), "
+            f"{outcome}; images are read once more",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _signed(value: int) -> int:

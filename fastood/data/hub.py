@@ -78,7 +78,7 @@ def load_hub_dataset(
     if class_names is not None:
         labels, names = _rename(labels, names, class_names)
     raw_rows = dataset.cast_column(column, type(features[column])(decode=False))
-    raw_rows = raw_rows.select_columns([column])
+    raw_rows = raw_rows.select_columns([column]).with_format(None)
     width = len(str(len(dataset) - 1))
     items = tuple(
         ImageItem(path=f"{i:0{width}d}", read=_ReadRow(raw_rows, column, i), label=labels[i])

@@ -85,7 +85,10 @@ def recognise(root: str | Path) -> Layout | None:
     if not folder.is_dir():
         return None
     for rule in (_openood, _setar, _mcm, _imagenet_ood, _coop_root, _coop_set):
-        layout = rule(folder)
+        try:
+            layout = rule(folder)
+        except OSError:  # a folder that cannot be listed is nothing we know
+            continue
         if layout is not None:
             return layout
     return None
@@ -202,7 +205,8 @@ def _setar(folder: Path) -> Layout | None:
         "id": ("ID_", lambda s: s in ("test", "val")),
         "ood": ("OOD_", lambda s: s == "test"),
     }
-    for child in sorted(p for p in folder.iterdir() if p.is_dir()):
+    named = [p for p in folder.iterdir() if p.name.startswith(("ID_", "OOD_"))]
+    for child in sorted(p for p in named if p.is_dir()):
         for role, (prefix, wanted) in kinds.items():
             if child.name.startswith(prefix):
                 splits = [s for s in ("val", "test") if wanted(s) and (child / s).is_dir()]

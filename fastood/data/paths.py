@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,12 +30,19 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
 _JUNK = frozenset({"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"})
 
 
 def path_text(path: str | os.PathLike[str]) -> str:
-    """A path as printable text; bytes that are not UTF-8 become ``\\xff``-style escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace").replace(os.sep, "/")
+    """A path as one line of printable text.
+
+    Bytes that are not UTF-8 and control characters (a newline breaks tables, an escape sequence
+    takes over terminals) become ``\\xff``-style escapes.
+    """
+    text = os.fsencode(path).decode("utf-8", "backslashreplace").replace(os.sep, "/")
+    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
 def byte_order(path: str) -> bytes:

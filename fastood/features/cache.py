@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -30,7 +29,8 @@ from fastood.features.chunkfile import (
 
 __all__ = ["FeatureCache"]
 
-_MARK = ".fastood-cache"
+_TAG = "CACHEDIR.TAG"  # tells backup programs to pass over the folder (bford.info/cachedir)
+_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# Feature cache of fastood.\n"
 _TABLE = "digests.sqlite3"
 _KEY = re.compile(r"[0-9a-f]{40}")
 _OURS = re.compile(r"[0-9a-f]{40}\.safetensors")
@@ -70,7 +70,8 @@ class FeatureCache:
             probe = self._scratch / f"{'0' * 40}-{os.getpid()}-{os.urandom(4).hex()}.tmp"
             probe.write_bytes(b"")
             probe.unlink()
-            (self.root / _MARK).touch()
+            if not (self.root / _TAG).exists():
+                (self.root / _TAG).write_text(_TAG_TEXT)
         except OSError as error:
             raise CacheError(
                 f"cache folder {path_text(self.root)}: expected a folder that can be written, "
@@ -252,14 +253,6 @@ class FeatureCache:
             "what was complete is kept; make room (fastood cache clear), choose another folder "
             "with FASTOOD_CACHE, or run without a cache"
         )
-
-
-def chunk_key(parts: dict[str, Any], digests: list[bytes]) -> str:
-    """Name of a chunk: everything its features depend on, then its files in order."""
-    state = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20)
-    for digest in digests:
-        state.update(len(digest).to_bytes(1, "little") + digest)
-    return state.hexdigest()
 
 
 def _default_root() -> Path:

@@ -7,20 +7,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastood.data.decode import DECODE_VERSION, decode
+from fastood.data.decode import decode
 from fastood.data.digests import DigestTable, digest_bytes
 from fastood.data.imageset import ImageItem, ImageSet
 from fastood.errors import DataError, ModelError
 from fastood.features.batch import LOCAL_DTYPES, UNREADABLE, Row, encode_batch, join_batches, runs
-from fastood.features.cache import FeatureCache, chunk_key
+from fastood.features.cache import FeatureCache
 from fastood.features.chunkfile import StoredChunk
+from fastood.features.conditions import chunk_key, key_parts, provenance
 from fastood.features.featureset import FeatureChunk, FeatureSet, Skipped
 from fastood.models.base import Encoder
 
@@ -29,13 +28,19 @@ __all__ = ["Progress", "encode_images"]
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(done, total, set_name)`` with counts of images."""
 
-_CHUNK_BATCHES = 4
-"""Batches per chunk: at batch 64 a kill costs at most 256 images, and a chunk with ViT-B/16 local
-features in float16 is 51 MB."""
+_CHUNK_BATCHES = 2
+"""Batches per chunk: at batch 64 a kill costs 128 images and those being written, a chunk with
+ViT-B/16 local features in float16 is 26 MB, and a million images are 10,000 mapped files (Linux
+allows 65,530)."""
+_CHUNK_IMAGES = 256
+"""From this batch size on a chunk is one batch."""
 _AHEAD = 3
 """Batches decoded ahead of the one being encoded."""
-_KEEP_BYTES = 1 << 20
-"""Files up to this size are kept between hashing and decoding; larger ones are read again."""
+_KEEP_BYTES = 1 << 28
+"""Bytes of a chunk's files kept between hashing and decoding; larger files are read again."""
+_WRITES = 2
+"""Chunks that may wait to be written while the next is encoded (fsync took 8 ms on the SSD of the
+development machine, as long as a GPU needs for 20 images)."""
 
 
 def encode_images(
@@ -53,7 +58,7 @@ def encode_images(
 ) -> FeatureSet:
     """Features of every readable image of a set.
 
-    The sorted list of files is cut into chunks of four batches. A chunk's features depend on its
+    The sorted list of files is cut into chunks of two batches. A chunk's features depend on its
     files' contents, the encoder and the batch size alone: an unreadable image keeps its row (zero
     pixels, masked afterwards), so nothing else shifts. With a cache, chunks already there are
     mapped instead of computed, and a run that was killed resumes behind its last whole chunk with
@@ -91,9 +96,11 @@ def encode_images(
         for done in run.chunks(pool):
             if progress is not None:
                 progress(done, len(images), images.name)
+        run.settle()
     finally:
-        # Also after Ctrl-C: whole chunks are on disk already, the rest is not waited for.
+        # Also after Ctrl-C: whole chunks are written, images under way are not waited for.
         pool.shutdown(wait=False, cancel_futures=True)
+        run.writer.shutdown(wait=True)
         if cache is not None:
             cache.digests.flush()
     return run.result()
@@ -127,21 +134,22 @@ class _Run:
         self.batch_size, self.cache, self.strict = batch_size, cache, strict
         self.verify, self.local_dtype = verify, local_dtype
         self.table: DigestTable | None = None if cache is None else cache.digests
-        self.stored: list[StoredChunk] = []
+        batches = _CHUNK_BATCHES if batch_size * _CHUNK_BATCHES <= _CHUNK_IMAGES else 1
+        self.chunk_size = batch_size * batches
+        self.stored: list[Future[StoredChunk]] = []
+        self.settled = 0
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="fastood-write")
         self.encoded = 0
-        self.provenance = _provenance(encoder, images, local, batch_size, local_dtype)
-        self.key_parts = {
-            key: self.provenance[key]
-            for key in ("fingerprint", "preprocess", "dtype", "device", "batch_size", "local",
-                        "precision", "versions")
-        } | {"decode": DECODE_VERSION, "chunk_batches": _CHUNK_BATCHES}  # fmt: skip
+        self.provenance = provenance(encoder, images, local, batch_size, local_dtype)
+        self.key_parts = key_parts(self.provenance, self.chunk_size)
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[int]:
         """Do the work; yields the number of images done so far."""
         done = 0
         for work, futures in _ahead(self._steps(pool), _AHEAD):
             if isinstance(work, StoredChunk):
-                self._add(work, done)
+                self._refuse_bad(done, work.reasons)
+                self._keep(work)
                 done += len(work.valid)
                 yield done
                 continue
@@ -160,7 +168,7 @@ class _Run:
 
     def _steps(self, pool: ThreadPoolExecutor) -> Iterator[tuple[Any, list[Future[Row]]]]:
         """Stored chunks, and batches (with their rows under way) of chunks to encode."""
-        items, size = self.images.items, self.batch_size * _CHUNK_BATCHES
+        items, size = self.images.items, self.chunk_size
         starts = range(0, len(items), size)
 
         def known(start: int) -> list[Future[tuple[bytes, bytes | None]]]:
@@ -203,7 +211,7 @@ class _Run:
                 self.table.put(stamp, digest)
         except Exception:  # _prepare reads it again and reports why it cannot
             return UNREADABLE, None
-        return digest, data if len(data) <= _KEEP_BYTES else None
+        return digest, data if len(data) * self.chunk_size <= _KEEP_BYTES else None
 
     def _prepare(self, item: ImageItem, data: bytes | None) -> Row:
         """Read, decode and preprocess one image; never raises for what is wrong with the image."""
@@ -242,18 +250,31 @@ class _Run:
         valid = torch.tensor([row.reason is None for row in work.rows])
         reasons = {i: row.reason for i, row in enumerate(work.rows) if row.reason is not None}
         chunk = StoredChunk(image, valid, local, reasons)
+        self.encoded += int(valid.sum())
         if self.cache is not None and all(row.lasting for row in work.rows):
             key = chunk_key(self.key_parts, [row.digest for row in work.rows])
-            self.cache.put_chunk(
-                key, chunk, model=self.encoder.name, fingerprint=self.encoder.fingerprint
-            )
-            chunk = self.cache.get_chunk(key) or chunk
-        self.encoded += int(valid.sum())
-        self._add(chunk, work.start)
+            self.stored.append(self.writer.submit(self._store, self.cache, key, chunk))
+            self.settle(_WRITES)
+        else:
+            self._keep(chunk)
 
-    def _add(self, chunk: StoredChunk, start: int) -> None:
-        self._refuse_bad(start, chunk.reasons)
-        self.stored.append(chunk)
+    def _store(self, cache: FeatureCache, key: str, chunk: StoredChunk) -> StoredChunk:
+        """Write a chunk; from here on its features are the mapped file's."""
+        cache.put_chunk(
+            key, chunk, model=self.encoder.name, fingerprint=self.provenance["fingerprint"]
+        )
+        return cache.get_chunk(key) or chunk
+
+    def settle(self, pending: int = 0) -> None:
+        """Wait until at most ``pending`` writes are under way; raises what went wrong in them."""
+        while self.settled < len(self.stored) - pending:
+            self.stored[self.settled].result()
+            self.settled += 1
+
+    def _keep(self, chunk: StoredChunk) -> None:
+        done: Future[StoredChunk] = Future()
+        done.set_result(chunk)
+        self.stored.append(done)
 
     def _refuse_bad(self, start: int, reasons: Mapping[int, str | None]) -> None:
         """With ``strict``, the first unreadable images end the run."""
@@ -268,7 +289,7 @@ class _Run:
         skipped: list[Skipped] = []
         kept: list[ImageItem] = []
         position = 0
-        for stored in self.stored:
+        for stored in (future.result() for future in self.stored):
             items = self.images.items[position : position + len(stored.valid)]
             position += len(stored.valid)
             for first, last in runs(stored.valid):
@@ -344,37 +365,3 @@ def _cpus() -> int:
         return len(os.sched_getaffinity(0))  # what a container or a job may really use
     except AttributeError:
         return os.cpu_count() or 1
-
-
-@lru_cache(maxsize=1)
-def _versions() -> dict[str, str]:
-    """Versions of what the features pass through on their way (no import needed)."""
-    found = {}
-    for package in ("torch", "torchvision", "pillow", "open_clip_torch", "timm", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
-
-
-def _provenance(
-    encoder: Encoder, images: ImageSet, local: bool, batch_size: int, local_dtype: torch.dtype
-) -> dict[str, Any]:
-    device = encoder.device.type
-    if device == "cuda":
-        device = f"cuda {torch.cuda.get_device_name(encoder.device)}"
-    return {
-        "model": encoder.name,
-        "fingerprint": encoder.fingerprint,
-        "preprocess": encoder.preprocess_id,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-        "device": device,
-        "batch_size": batch_size,
-        "local": str(local_dtype).removeprefix("torch.") if local else None,
-        "precision": torch.get_float32_matmul_precision(),
-        "versions": _versions(),
-        "root": images.root,
-        "layout": images.layout,
-        "images": len(images),
-    }

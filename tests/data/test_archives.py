@@ -133,6 +133,7 @@ def test_hugging_face(tmp_path: Path) -> None:
     assert [(i.path, i.label) for i in images] == [("0", 1), ("1", 0), ("2", 1)]
     assert shades(images) == [0, 1, 2]
     assert "picture" in images.layout
+    assert shades(load_images(dataset.with_format("torch"))) == [0, 1, 2]
     turned = load_images(dataset, class_names=["Dog", "Cat"])
     assert [i.label for i in turned] == [0, 1, 0]
     both = datasets.DatasetDict({"train": dataset, "test": dataset.select([1])})

@@ -204,6 +204,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert "\\xff.png" in paths(images)
     for item in images:
         item.path.encode("utf-8")
+        assert item.path.isprintable()
         assert item.read() == data
 
 

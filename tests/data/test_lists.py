@@ -217,12 +217,12 @@ def test_real_coop_splits(data_root: Path, tmp_path: Path, dataset: str) -> None
     split_file = f"split_zhou_{files[dataset]}.json"
     content = (data_root / "text" / "coop_splits" / split_file).read_bytes()
     (tmp_path / split_file).write_bytes(content)
-    for path, _, _ in json.loads(content)["test"]:
+    for path, _, _ in json.loads(content)["val"]:
         (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / path).touch()
-    images = load_images(tmp_path, split="test")
+    images = load_images(tmp_path, split="val")
     features = np.load(data_root / "features" / "vitb32" / f"{dataset}.npz")
-    rows = features["split"] == "test"
+    rows = features["split"] == "val"
     assert len(images) == rows.sum()
     assert images.class_names is not None
     assert len(images.class_names) == len(features["class_names"])

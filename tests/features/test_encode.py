@@ -237,8 +237,8 @@ def test_progress_and_interrupt(tmp_path: Path, encoder: ToyEncoder, cache: Feat
     found = encode_images(
         encoder, images, batch_size=2, cache=cache, progress=lambda *a: seen.append(a)
     )
-    assert found.encoded == 12  # the whole chunk of eight is kept
-    assert seen[0] == (8, 20, "set")
+    assert found.encoded == 12  # two whole chunks of four are kept
+    assert seen[:2] == [(4, 20, "set"), (8, 20, "set")]
     assert seen[-1] == (20, 20, "set")
 
 
