@@ -90,12 +90,15 @@ def group_by_folder(
     while True:
         depth = len(prefix)
         tops = {images[i][depth] for i in keep if len(images[i]) > depth + 1}
-        if any(len(images[i]) == depth + 1 for i in keep):
+        direct = any(len(images[i]) == depth + 1 for i in keep)
+        splits = [t for t in tops if t.lower() in SPLITS]
+        # Without being asked, a lone "test" beside images is a folder like any other.
+        only = len(splits) == len(tops) and (len(splits) > 1 or not direct)
+        if taken is None and splits and (split is not None or only):
+            taken = step = pick_split(splits, split, where)
+        elif direct:
             mixed = bool(tops)
             break
-        splits = [t for t in tops if t.lower() in SPLITS]
-        if taken is None and splits and (split is not None or len(splits) == len(tops)):
-            taken = step = pick_split(splits, split, where)
         elif len(tops) == 1 and next(iter(tops)).lower() in GENERIC:
             step = next(iter(tops))
         else:
