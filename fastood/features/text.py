@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastood._version import __version__
 from fastood.data.prompts import check_class_names, fill, resolve_templates
 from fastood.errors import ModelError
 from fastood.models.base import Encoder
@@ -200,7 +201,9 @@ def _key(encoder: Encoder, kind: str, digest: str) -> str:
         digest,
         str(encoder.dtype),
         encoder.device.type,
+        torch.get_float32_matmul_precision(),
         torch.__version__,
+        __version__,
     ]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastood.errors import ModelError
+from fastood.features.cache import FeatureCache
 from fastood.features.text import (
     clear_text_memory,
     encode_classes,
@@ -91,6 +92,14 @@ def test_memory_then_disk_then_nothing_new(encoder, monkeypatch):
     assert not seen and store.reads == 2 and from_disk.cached and store.writes == 1
     assert torch.equal(first.features, again.features)
     assert torch.equal(first.features, from_disk.features)
+
+
+def test_the_feature_cache_keeps_text_between_processes(encoder, monkeypatch, tmp_path):
+    first = encode_classes(encoder, NAMES, cache=FeatureCache(tmp_path))
+    clear_text_memory()
+    seen = counting(encoder, monkeypatch)
+    again = encode_classes(encoder, NAMES, cache=FeatureCache(tmp_path))
+    assert again.cached and not seen and torch.equal(first.features, again.features)
 
 
 def test_anything_that_changes_features_misses_the_cache(monkeypatch):

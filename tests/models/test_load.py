@@ -74,11 +74,15 @@ def test_activation_of_a_bare_checkpoint_is_asked_for(weights):
     assert torch.equal(quick.encode_image(pixels).image, forced.encode_image(pixels).image)
 
 
-def test_openai_tag_computes_with_openais_activation(weights, monkeypatch):
-    """open_clip itself warns and computes ViT-B-16/openai with GELU."""
+@pytest.mark.parametrize("stated", [True, False])
+def test_openai_tag_computes_with_openais_activation(weights, monkeypatch, stated):
+    """open_clip itself computes ViT-B-16/openai with GELU; older ones do not even know better."""
     from open_clip import pretrained
 
     tag = {**pretrained.get_pretrained_cfg("ViT-B-16", "openai"), "interpolation": "bilinear"}
+    tag.pop("quick_gelu", None)
+    if stated:
+        tag["quick_gelu"] = True
     monkeypatch.setitem(pretrained._PRETRAINED, NAME, {"openai": tag})
     enc = load(f"{NAME}/openai", checkpoint=weights)
     assert type(enc.model.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"

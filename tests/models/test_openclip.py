@@ -220,3 +220,16 @@ def test_two_threads_do_not_mix_their_patches():
         together = list(pool.map(lambda b: enc.encode_image(b, local=True).local, batches * 4))
     for i, got in enumerate(together):
         torch.testing.assert_close(got, alone[i % 8], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_gives_the_cpus_features_and_fingerprint():
+    cpu, gpu = encoder(tiny.clip()), encoder(tiny.clip(), device="cuda")
+    a = cpu.encode_image(tiny.pixels(3), local=True)
+    b = gpu.encode_image(tiny.pixels(3), local=True)
+    pairs = [*zip(a, b, strict=True), (cpu.encode_text(PROMPTS), gpu.encode_text(PROMPTS))]
+    for x, y in pairs:
+        assert y.device.type == "cuda"
+        torch.testing.assert_close(y.cpu(), x, atol=1e-3, rtol=1e-3)
+    assert gpu.fingerprint == cpu.fingerprint
