@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from fastood.detectors.encoding import Batch, encode, feature_batches
 from fastood.detectors.fitting import Fitted
 from fastood.detectors.settings import Configured
 from fastood.errors import FastoodError
+from fastood.features.featureset import FeatureSet
 from fastood.models.base import ImageFeatures
 from fastood.scores.bank import Similarities
 from fastood.scores.many import score as score_features
@@ -209,15 +210,16 @@ class Detector(Configured):
         """
         self._check_ready()
         key = self.key
-        origin = getattr(source, "provenance", None)
-        if isinstance(origin, Mapping) and origin.get("fingerprint"):
+        if isinstance(source, FeatureSet) and source.provenance.get("fingerprint"):
+            origin = source.provenance
             key = _agree(key, str(origin["fingerprint"]), str(origin.get("model")))
         values = [
             self.confidence_features(features, local).cpu().numpy()
             for features, local, _ in self._batches(source)
         ]
         found = np.concatenate(values) if values else np.zeros(0, np.float32)
-        return Scores(found, "id", key, name or str(getattr(source, "name", "")))
+        own = source.name if isinstance(source, FeatureSet) else ""
+        return Scores(found, "id", key, name or own)
 
     def is_ood(self, source: Any, threshold: Any) -> Any:
         """``threshold.is_ood`` of the scores; it refuses those of another method or model."""

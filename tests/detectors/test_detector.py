@@ -280,6 +280,7 @@ def test_scores_of_anything():
         np.testing.assert_allclose(found.values, want, rtol=1e-6)
         assert (found.higher, found.key, found.name) == ("id", detector.key, "set")
     assert len(detector.scores(z[:0])) == 0
+    assert detector.scores(z).name == ""
     assert detectors.MCM(None, text()).scores(stored).key.model == model.fingerprint
     other = FeatureSet("o", ("a",), None, None, chunks[:1], provenance={"fingerprint": "else"})
     with pytest.raises(ValueError, match="own model"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from fastood import detectors
 from fastood.detectors import LogitsHead
+from fastood.metrics import evaluate
 from tests.conftest import clip_like
 from tests.detectors.toys import D, K, Tower, encoder, images, loader, text
 
@@ -157,3 +159,27 @@ assert isinstance(local, Detector) and not isinstance(local, FeaturesDetector)
 assert not isinstance(torch.nn.Identity(), Detector)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.data
+def test_real_clip_features_in_their_metrics(data_root):
+    folder = data_root / "features" / "vitb32"
+
+    def load(name, key="features"):
+        with np.load(folder / f"{name}.npz", allow_pickle=False) as file:
+            return torch.from_numpy(file[key])
+
+    classes = load("text", "imagenet1k_features")
+    inside, outside = load("imagenet_1shot_2shot"), load("dtd")
+    z = torch.cat([inside, outside])
+    label = torch.cat([torch.zeros(len(inside)), -torch.ones(len(outside))]).long()
+    ours, oracle = detectors.MCM(None, classes), theirs.MCM(None, classes)
+    torch.testing.assert_close(
+        ours.predict_features(z), oracle.predict_features(z), rtol=2e-6, atol=0
+    )
+    found = OODMetrics().update(ours.predict_features(z), label).compute()
+    want = evaluate(ours.scores(inside), ours.scores(outside), aupr="trapezoid")
+    assert found["AUROC"] == pytest.approx(want["AUROC"], abs=1e-6)
+    assert found["FPR95TPR"] == pytest.approx(want["FPR95TPR"], abs=1e-6)
+    assert found["AUPR-IN"] == pytest.approx(want["AUPR-IN"], abs=1e-6)
+    assert found["AUROC"] > 0.6  # a swapped sign would fall below one half

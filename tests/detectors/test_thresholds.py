@@ -1,0 +1,63 @@
+"""A threshold of the pipeline (and so of the command line) decides for a detector."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastood
+from fastood import detectors
+from fastood.features import encode_classes
+from fastood.features.featureset import FeatureChunk, FeatureSet
+from fastood.models import CallableEncoder
+from fastood.pipeline import Pipeline
+from tests.detectors.toys import D, K, P, Tower, images, text
+
+NAMES = tuple(["ant", "bee", "cat", "dog", "elk"])
+TEMPLATES = ("a photo of a {}.", "a sketch of a {}.")
+
+
+@pytest.fixture(scope="module")
+def model() -> CallableEncoder:
+    vectors = {
+        t.format(n): text()[i] + j for j, t in enumerate(TEMPLATES) for i, n in enumerate(NAMES)
+    }
+    return CallableEncoder(
+        Tower(patches=True),
+        lambda image: torch.zeros(3, 4, 4),
+        preprocess_id="zeros",
+        embed_dim=D,
+        patches=P,
+        text=vectors,
+        logit_scale=20.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("score", "make"),
+    [
+        ("mcm", detectors.MCM),
+        ("msp", detectors.MSP),
+        ("delta_energy", detectors.DeltaEnergy),
+        ("gl_mcm", detectors.GLMCM),
+        ("neg_entropy", detectors.NegEntropy),
+    ],
+)
+def test_keys_and_scores_agree(model, score, make):
+    x, _ = images(40)
+    z, local = model.encode_image(x, local=True)
+    origin = {"fingerprint": model.fingerprint}
+    chunk = FeatureChunk(0, z, local)
+    stored = FeatureSet("id", tuple(map(str, range(40))), None, None, (chunk,), provenance=origin)
+    pipeline = Pipeline(model, NAMES, templates=TEMPLATES, methods=[score])
+    scored = pipeline.score(stored).scores[score]
+    classes = encode_classes(model, NAMES, templates=TEMPLATES)
+    assert classes.features.shape == (K, D)
+    detector = make(model, classes)
+    assert detector.key == scored.key
+    torch.testing.assert_close(detector.confidence(x), torch.from_numpy(scored.values))
+    threshold = fastood.calibrate(scored, tpr=0.8)
+    assert detector.is_ood(x, threshold).tolist() == detector.is_ood(stored, threshold).tolist()
+    assert detector.is_ood(x, threshold).sum() == threshold.is_ood(scored).sum() > 0
+    with pytest.raises(ValueError, match="prompts"):
+        make(model, encode_classes(model, NAMES, templates=TEMPLATES[:1])).is_ood(x, threshold)
