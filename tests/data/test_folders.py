@@ -83,13 +83,13 @@ def test_splits(tmp_path: Path) -> None:
     assert "split validation" in images.layout
     with pytest.raises(DataError, match=r"train, validation, got 'test'"):
         load_images(tmp_path, split="test")
-    put(tmp_path / "flat", "a.png")
-    with pytest.raises(DataError, match="no split folders"):
-        load_images(tmp_path / "flat", split="test")
     put(tmp_path, "images/preview.png")  # does not hide the splits
     assert len(load_images(tmp_path, split="train")) == 1
     with pytest.raises(DataError, match="say which"):
         load_images(tmp_path)
+    put(tmp_path / "flat", "a.png")
+    with pytest.raises(DataError, match="no split folders"):
+        load_images(tmp_path / "flat", split="test")
     put(tmp_path / "one", "test/a.png", "test/b.png")  # SeTAR's OOD_*/test
     assert load_images(tmp_path / "one").class_names is None
 
