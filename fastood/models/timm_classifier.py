@@ -186,13 +186,18 @@ def load_timm(
     options: dict[str, Any] = {}
     if state is not None:
         options = _classes(state, timm, full)
+    elif pretrained != "random":
+        path = _published(timm, full, name, allow_pickle, cache_dir)
+        if path.endswith(".safetensors"):
+            # timm renames old parameters while it loads its own weights, and does so strictly
+            options = {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
+        else:
+            state = files.read_state_dict(path, allow_pickle=allow_pickle)
     try:
         with seeded(seed):
-            model = timm.create_model(full, pretrained=False, **options)
+            model = timm.create_model(full, **{"pretrained": False, **options})
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"name: timm cannot build {full!r}: {error}") from error
-    if state is None and pretrained != "random":
-        state = _published(model, name, allow_pickle, cache_dir)
     if state is not None:
         files.load_strict(model, state, str(checkpoint or name))
     return TimmEncoder(
@@ -216,15 +221,14 @@ def _classes(state: dict[str, Tensor], timm: Any, name: str) -> dict[str, Any]:
     return {}
 
 
-def _published(
-    model: Any, name: str, allow_pickle: bool, cache_dir: str | None
-) -> dict[str, Tensor]:
-    repo = (model.pretrained_cfg or {}).get("hf_hub_id")
+def _published(timm: Any, full: str, name: str, allow_pickle: bool, cache_dir: str | None) -> str:
+    """Path of the weights timm publishes for a model, downloaded if need be."""
+    config = timm.get_pretrained_cfg(full)
+    repo = None if config is None else config.hf_hub_id
     if not repo:
         raise ModelError(f"{name}: timm publishes no weights on the Hub for it; pass checkpoint=")
     names = ["model.safetensors"] + (["pytorch_model.bin"] if allow_pickle else [])
-    path = files.hub_file(repo, names, cache_dir=cache_dir)
-    return files.read_state_dict(path, allow_pickle=allow_pickle)
+    return files.hub_file(repo, names, cache_dir=cache_dir)
 
 
 def _imagenet_names(model: Any) -> list[str] | None:

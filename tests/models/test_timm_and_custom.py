@@ -75,6 +75,31 @@ def test_timm_checkpoint_sets_the_number_of_classes(tmp_path):
     assert enc.class_names is None
 
 
+def test_published_weights_are_loaded_whole(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    from fastood.models import files
+
+    model = timm.create_model("resnet10t", pretrained=False).eval()
+    tiny.shake(model)
+    state = model.state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    asked = []
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        monkeypatch.setattr(
+            files, "hub_file", lambda *a, f=file, **k: asked.append(a) or str(tmp_path / f)
+        )
+        enc = load_model("timm:resnet10t.c3_in1k", device="cpu", allow_pickle=True)
+        got = enc.head().similarities(enc.encode_image(tiny.pixels(2, size=64)).image).image
+        with torch.no_grad():
+            expected = model(tiny.pixels(2, size=64))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert asked[0] == ("timm/resnet10t.c3_in1k", ["model.safetensors", "pytorch_model.bin"])
+    with pytest.raises(ModelError, match="allow_pickle=True"):
+        load_model("timm:resnet10t", device="cpu")
+
+
 def test_timm_knows_imagenet_names_of_its_own_weights():
     with pytest.warns(UserWarning, match="untrained"):
         enc = load_model("timm:resnet10t", pretrained="random", device="cpu")
