@@ -1,23 +1,104 @@
 """fastood: out-of-distribution detection for vision-language models, fast.
 
 Public names are loaded on first use, so ``import fastood`` costs nothing: it imports neither torch
-nor open_clip nor matplotlib, builds nothing, and writes nothing.
+nor open_clip nor matplotlib, builds nothing, and writes nothing. Subpackages (``fastood.metrics``,
+``fastood.detectors``, ...) load on first use too.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastood._version import __version__
 
+if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same at run time
+    from fastood.calibration import Threshold, calibrate
+    from fastood.data import load_features, load_images
+    from fastood.errors import FastoodError
+    from fastood.features import FeatureCache, encode_classes, encode_images
+    from fastood.models import Encoder, list_models, load_model
+    from fastood.pipeline import Evaluation, Pipeline
+    from fastood.scores import (
+        ClassBank,
+        Head,
+        ScoreKey,
+        Scores,
+        Similarities,
+        delta_energy,
+        energy,
+        fit_knn,
+        fit_mahalanobis,
+        gl_mcm,
+        knn,
+        l_mcm,
+        mahalanobis,
+        margin,
+        max_logit,
+        max_similarity,
+        mcm,
+        msp,
+        neg_entropy,
+        neg_label,
+        score,
+        variance,
+    )
+    from fastood.tuning import ebm_loss, locoop_loss
+
+__all__ = [
+    "ClassBank",
+    "Encoder",
+    "Evaluation",
+    "FastoodError",
+    "FeatureCache",
+    "Head",
+    "Pipeline",
+    "ScoreKey",
+    "Scores",
+    "Similarities",
+    "Threshold",
+    "__version__",
+    "calibrate",
+    "delta_energy",
+    "ebm_loss",
+    "encode_classes",
+    "encode_images",
+    "energy",
+    "fit_knn",
+    "fit_mahalanobis",
+    "gl_mcm",
+    "knn",
+    "l_mcm",
+    "list_models",
+    "load_features",
+    "load_images",
+    "load_model",
+    "locoop_loss",
+    "mahalanobis",
+    "margin",
+    "max_logit",
+    "max_similarity",
+    "mcm",
+    "msp",
+    "neg_entropy",
+    "neg_label",
+    "score",
+    "variance",
+]
+
 _MODULES: dict[str, tuple[str, ...]] = {
+    "fastood.calibration": ("Threshold", "calibrate"),
+    "fastood.data": ("load_features", "load_images"),
+    "fastood.errors": ("FastoodError",),
+    "fastood.features": ("FeatureCache", "encode_classes", "encode_images"),
+    "fastood.models": ("Encoder", "list_models", "load_model"),
+    "fastood.pipeline": ("Evaluation", "Pipeline"),
     "fastood.scores": (
         "ClassBank",
         "Head",
-        "Similarities",
-        "Scores",
         "ScoreKey",
+        "Scores",
+        "Similarities",
         "delta_energy",
         "energy",
         "fit_knn",
@@ -36,36 +117,28 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "score",
         "variance",
     ),
-    "fastood.tuning": (
-        "ebm_loss",
-        "locoop_loss",
-    ),
-    "fastood.calibration": (
-        "Threshold",
-        "calibrate",
-    ),
-    "fastood.models": (
-        "Encoder",
-        "list_models",
-        "load_model",
-    ),
-    "fastood.data": (
-        "load_features",
-        "load_images",
-    ),
-    "fastood.features": (
-        "FeatureCache",
-        "encode_classes",
-        "encode_images",
-    ),
-    "fastood.errors": ("FastoodError",),
+    "fastood.tuning": ("ebm_loss", "locoop_loss"),
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = ["__version__", *_PUBLIC]
+_PACKAGES = (
+    "calibration",
+    "data",
+    "demo",
+    "detectors",
+    "features",
+    "metrics",
+    "models",
+    "pipeline",
+    "reference",
+    "report",
+    "scores",
+    "tuning",
+)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"fastood.{name}")
     module = _PUBLIC.get(name)
     if module is None:
         raise AttributeError(f"module 'fastood' has no attribute {name!r}")
@@ -75,4 +148,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_PACKAGES])

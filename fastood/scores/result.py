@@ -46,7 +46,9 @@ class Scores:
     def __post_init__(self) -> None:
         values = self.values
         if hasattr(values, "detach"):
-            values = values.detach().cpu().numpy()
+            values = values.detach().cpu()
+            # numpy has no bfloat16
+            values = (values if values.element_size() >= 4 else values.float()).numpy()
         values = np.asarray(values)
         if values.ndim != 1:
             raise ValueError(f"values: expected one number per image (n,), got {values.shape}")

@@ -1,0 +1,22 @@
+.PHONY: fmt lint test bench smoke wheel
+
+fmt:
+	ruff format fastood tests bench examples
+	ruff check --fix fastood tests bench examples
+
+lint:
+	ruff format --check fastood tests bench examples
+	ruff check fastood tests bench examples
+	mypy
+
+test:
+	pytest
+
+bench:
+	pytest bench --benchmark-only
+
+smoke:
+	FASTOOD_BENCH_SMOKE=1 pytest bench --benchmark-only --benchmark-max-time=0.05 --benchmark-min-rounds=1 -q
+
+wheel:
+	pip wheel --no-deps -w dist .
