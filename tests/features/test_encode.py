@@ -201,8 +201,20 @@ def test_local_overflow_is_found(tmp_path: Path, encoder: ToyEncoder) -> None:
     assert encode_images(encoder, images, local=True, local_dtype="float32").has_local
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("no luck"), "preprocessing failed: RuntimeError: no luck"),
+        (MemoryError(), "not enough memory to decode it"),
+    ],
+)
 def test_preprocess_failure_is_reported_and_not_remembered(
-    tmp_path: Path, encoder: ToyEncoder, cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    encoder: ToyEncoder,
+    cache: FeatureCache,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    reason: str,
 ) -> None:
     write_images(tmp_path / "set", 4)
     images = load_images(tmp_path / "set")
@@ -211,12 +223,12 @@ def test_preprocess_failure_is_reported_and_not_remembered(
 
     def fails_once(image):
         if next(calls) == 0:
-            raise RuntimeError("no luck")
+            raise error
         return plain(image)
 
     monkeypatch.setattr(encoder, "preprocess", fails_once)
     found = encode_images(encoder, images, workers=1, cache=cache)
-    assert [s.reason for s in found.skipped] == ["preprocessing failed: RuntimeError: no luck"]
+    assert [s.reason for s in found.skipped] == [reason]
     assert len(encode_images(encoder, images, cache=cache)) == 4
 
 
