@@ -223,6 +223,10 @@ def test_checkpoints_that_do_not_fit_name_the_differences(tmp_path, weights):
         load(NAME, checkpoint=weights, quick_gelu=False)
     for words in ("1 missing (ln_final.bias)", "1 unknown (extra)", "visual.proj (3, 3) for"):
         assert words in str(caught.value)
+    state = {k: v.contiguous() for k, v in tiny.clip().state_dict().items()}
+    save_file({**state, "visual.proj": torch.zeros(3, 3)}, weights)
+    with pytest.raises(ModelError, match=r"1 misshapen \(visual.proj \(3, 3\) for \(32, 16\)"):
+        load(NAME, checkpoint=weights, quick_gelu=False)
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(ModelError, match="cut short"):
         load(NAME, checkpoint=weights, quick_gelu=False)

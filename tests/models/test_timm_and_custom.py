@@ -37,6 +37,18 @@ def test_head_on_features_gives_the_classifiers_logits(name):
     assert enc.text is None
 
 
+def test_half_precision_classifier_gives_float32_logits():
+    model = timm.create_model("resnet10t", pretrained=False, num_classes=7)
+    tiny.shake(model)
+    full = TimmEncoder(model, tiny.blank)
+    expected = full.head().similarities(full.encode_image(tiny.pixels(2, size=32)).image).image
+    half = TimmEncoder(model, tiny.blank, dtype=torch.bfloat16)
+    features = half.encode_image(tiny.pixels(2, size=32)).image
+    got = half.head().similarities(features).image
+    assert features.dtype == torch.bfloat16 and got.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(got, expected).min() > 0.99
+
+
 def test_timm_says_what_it_has_not():
     model = timm.create_model("resnet10t", pretrained=False, num_classes=3)
     enc = TimmEncoder(model)
