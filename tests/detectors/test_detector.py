@@ -91,6 +91,7 @@ def test_any_encoder(wrap):
     assert torch.equal(detector.predict(x), -want)
     assert torch.equal(detector.confidence(x), want)
     assert not detector(x).requires_grad
+    assert not detector.encode(x).image.requires_grad  # no graph is kept while scoring
 
 
 def test_pooled_maps_are_flattened():
@@ -175,6 +176,9 @@ def test_mahalanobis_fit_and_classes():
         detector.confidence(x), fastood.mahalanobis(z, bank), rtol=1e-4, atol=1e-4
     )
     assert (detector.classify(z[known]) == y[known]).float().mean() > 0.8
+    unit = detectors.Mahalanobis(eps=1e-3, normalize=True).fit_features(z, y)
+    assert torch.equal(unit.classify(100 * z), unit.classify(z))
+    assert (unit.classify(z[known]) == y[known]).float().mean() > 0.8
     with pytest.raises(ValueError, match="labels"):
         detectors.Mahalanobis().fit_features(z)
 
@@ -237,6 +241,7 @@ def test_hyperparameters_can_be_searched():
     with pytest.raises(ValueError, match="unknown option 'depth'"):
         detector.set_hyperparameters(depth=1)
     assert detector.options["c"] == 2  # a refused value leaves everything as it was
+    assert detector.set_hyperparameters(tau=0.2).options["c"] == 2
     for score in SCORES:
         if score != "neg_label":
             detector = Detector(score)

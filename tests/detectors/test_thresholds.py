@@ -13,7 +13,7 @@ from fastood.models import CallableEncoder
 from fastood.pipeline import Pipeline
 from tests.detectors.toys import D, K, P, Tower, images, text
 
-NAMES = tuple(["ant", "bee", "cat", "dog", "elk"])
+NAMES = ("ant", "bee", "cat", "dog", "elk")
 TEMPLATES = ("a photo of a {}.", "a sketch of a {}.")
 
 
