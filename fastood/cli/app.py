@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import click
 import typer
 
 from fastood.cli import show
@@ -17,7 +16,12 @@ from fastood.cli.evaluate import demo, evaluate, report
 from fastood.cli.screen import calibrate, score
 from fastood.errors import FastoodError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]
+
+# typer brought its own copy of click at some point: take the classes from typer, whichever they are
+_USAGE: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="fastood",
@@ -65,35 +69,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    show.plain_warnings()
-    try:
-        # standalone_mode=False hands errors and codes to us instead of printing and exiting
-        code: Any = app(args=arguments, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as done:
-        return int(done.exit_code)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.Abort):
-        show.error("interrupted; what was encoded is kept, the same command continues from there")
-        return 130
-    except (ValueError, TypeError, FastoodError) as error:
-        if os.environ.get("FASTOOD_DEBUG") == "1":
-            raise
-        show.error(str(error))
-        return 2
-    except OSError as error:
-        show.error(f"{error.filename or 'input or output'}: {error.strerror or error}")
-        return 2
-    except Exception as error:
-        if os.environ.get("FASTOOD_DEBUG") == "1":
-            raise
-        show.error(
-            f"unexpected {type(error).__name__}: {error}\n"
-            "This is a fault of fastood; FASTOOD_DEBUG=1 shows where."
-        )
-        return 1
-    finally:
-        warnings.resetwarnings()
+    """Run the command line; returns the exit code. Python's warning filters are left as found."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = os.environ.get("FASTOOD_DEBUG") == "1"
+    with warnings.catch_warnings(), show.command(words):
+        show.plain_warnings()
+        try:
+            # standalone_mode=False hands errors and codes to us instead of printing and exiting
+            code: Any = app(args=words, prog_name="fastood", standalone_mode=False)
+            sys.stdout.flush()
+            if code == _INTERRUPTED:  # typer turns Ctrl-C into this code
+                raise KeyboardInterrupt
+            return code if isinstance(code, int) else 0
+        except _USAGE as error:
+            return _usage(error)
+        except (KeyboardInterrupt, typer.Abort):
+            show.error(
+                "interrupted; what was encoded is kept, the same command continues from there"
+            )
+            return _INTERRUPTED
+        except typer.Exit as done:
+            return int(done.exit_code)
+        except BrokenPipeError:  # the reader has gone, as with `fastood models | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (ValueError, TypeError, FastoodError) as error:
+            if debug:
+                raise
+            show.error(str(error))
+            return 2
+        except OSError as error:
+            if debug:
+                raise
+            show.error(f"{error.filename or 'input or output'}: {error.strerror or error}")
+            return 2
+        except Exception as error:
+            if debug:
+                raise
+            show.error(
+                f"unexpected {type(error).__name__}: {error} (a fault of fastood; "
+                "FASTOOD_DEBUG=1 shows where)"
+            )
+            return 1
+
+
+def _usage(error: Any) -> int:
+    """A command that could not be understood: one line, and where help is."""
+    if type(error).__name__ != "NoArgsIsHelpError":  # which has printed the help already
+        path = "fastood" if error.ctx is None else error.ctx.command_path
+        show.error(f"{error.format_message()} (see {path} --help)")
+    return 2

@@ -24,10 +24,12 @@ class Request:
     model: str
     scores: Mapping[str, tuple[str, dict[str, Any]]] | None
     class_names: Sequence[str] | None = None
+    named: bool = False
     templates: Sequence[str] | None = None
     text_features: str | None = None
     allow_duplicates: bool = False
     negatives: str | None = None
+    groups: int = 100
     train: str | None = None
     weights: Mapping[str, Any] = field(default_factory=dict)
     cache: str | None = None
@@ -55,9 +57,25 @@ class Request:
                 },
                 classes=None if self.class_names is None else len(self.class_names),
             )
+            asked = {name for name, _ in self.scores.values()}
+            fitted = sorted(asked & {"knn", "mahalanobis"})
+            if fitted and self.train is None:
+                raise ValueError(
+                    f"--score {fitted[0]}: expected training images that it is fitted to, got "
+                    "none; give --train PATH"
+                )
+            if "neg_label" in asked and self.negatives is None:
+                raise ValueError(
+                    "--score neg_label: expected negative labels, got none; give --negatives FILE"
+                )
         cache = inputs.open_cache(self.cache, off=self.no_cache)
         negatives = None if self.negatives is None else inputs.read_lines(self.negatives)
-        train = None if self.train is None else inputs.read_set(self.train, name="training set")
+        if negatives is not None and self.groups > len(negatives):
+            raise ValueError(
+                f"--groups: expected at most {len(negatives)}, the prompts in {self.negatives}, "
+                f"got {self.groups}"
+            )
+        train = None if self.train is None else inputs.read_set(self.train)
         text, names = None, self.class_names
         if self.text_features is not None:
             features = inputs.read_features(self.text_features)
@@ -67,6 +85,20 @@ class Request:
         encoder = None
         if self.model != "none":
             encoder = inputs.open_model(self.model, **self.weights)
+        if encoder is None and text is None:
+            raise ValueError(
+                "--model none: expected the features of the classes with it, got none; give "
+                "--text-features FILE"
+            )
+        if encoder is not None and encoder.text is None and not self.named:
+            names = (
+                None  # a classifier has classes of its own; those of the folders need not be all
+            )
+        elif names is None and text is None and encoder is not None:
+            raise ValueError(
+                f"--classes: {encoder.name} scores the classes you name, and the images have no "
+                "class subfolders to take them from; give --classes FILE"
+            )
         methods: Any = self.scores
         if methods is None:
             local = inputs.affordable(encoder, sets)
@@ -75,7 +107,8 @@ class Request:
                     "patch scores are left out: the patch features of this many images take more "
                     "than 4 GB of cache; ask for them with --score gl_mcm"
                 )
-            methods = default_methods(local=local, classes=len(names) if names else 2)
+            classes = len(names) if names else 2 if text is None else len(text)
+            methods = default_methods(local=local, classes=classes)
             methods += ["neg_label"] * (negatives is not None)
             methods += ["mahalanobis", "knn"] * (train is not None)
         with show.progress(quiet=self.quiet) as bar:
@@ -85,6 +118,7 @@ class Request:
                 templates=_templates(self.templates),
                 methods=methods,
                 negatives=negatives,
+                groups=self.groups,
                 text=text,
                 train=train,
                 allow_duplicates=self.allow_duplicates,

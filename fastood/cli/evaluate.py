@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +42,7 @@ def evaluate(
     text_features: o.TextFeatures = None,
     allow_duplicates: o.AllowDuplicates = False,
     negatives: o.Negatives = None,
+    groups: o.Groups = 100,
     train: o.Train = None,
     pretrained: o.Pretrained = None,
     checkpoint: o.Checkpoint = None,
@@ -74,26 +74,29 @@ def evaluate(
     Every set is encoded once, however many scores are asked, and kept: a run that is interrupted
     or killed continues where it stopped when the same command is given again.
     """
-    from fastood.metrics.ranks import check_choice, check_tpr
+    from fastood.pipeline.checks import check_set_names, check_settings
     from fastood.pipeline.output import OutputFolder
 
-    tpr = check_tpr(tpr)
-    check_choice("aupr", aupr, ("ap", "trapezoid"))
-    if bootstrap < 0:
-        raise ValueError(f"--bootstrap: expected 0 or more resamples, got {bootstrap}")
+    options: dict[str, Any] = {"tpr": tpr, "aupr": aupr, "resamples": bootstrap, "seed": seed}
+    check_settings(**options)
     methods = inputs.parse_scores(score) if score else None
     folder = OutputFolder(out, overwrite=overwrite)
     id_set, names = inputs.read_named_set(id, classes, match=class_match, split=split, limit=limit)
     ood_sets = inputs.read_sets(ood, split=split, limit=limit)
-    held = None if calibration is None else inputs.read_set(calibration, split=split, limit=limit)
+    check_set_names(id_set, ood_sets)
+    held = None
+    if calibration is not None:
+        held = inputs.read_set(calibration, split=split, limit=limit, whole=True)
     request = Request(
         model=model,
         scores=methods,
         class_names=names,
+        named=classes is not None,
         templates=templates,
         text_features=text_features,
         allow_duplicates=allow_duplicates,
         negatives=negatives,
+        groups=groups,
         train=train,
         weights={
             "pretrained": pretrained,
@@ -112,17 +115,15 @@ def evaluate(
         },
         quiet=quiet,
     )
-    with request.pipeline([id_set, *ood_sets]) as pipeline:
-        folder.check(pipeline.plan(id_set, ood_sets))
+    sets = [id_set, *ood_sets, *([] if held is None else [held])]
+    with request.pipeline(sets) as pipeline:
+        folder.check(pipeline.plan(id_set, ood_sets, calibration=held, **options))
         found = pipeline.evaluate(
             id_set,
             ood_sets,
             calibration=held,
-            tpr=tpr,
-            aupr=aupr,
-            resamples=bootstrap,
-            seed=seed,
-            command=shlex.join(["fastood", *sys.argv[1:]]),
+            **options,
+            command=show.typed(),
         )
     found.save(folder)
     _finish(found.results, folder.path, json=json)
@@ -148,9 +149,12 @@ def report(
     from fastood.pipeline import Evaluation
     from fastood.report import save_figure, to_csv, to_latex, to_markdown, write_report
 
-    found = Evaluation.load(folder)
     if table is not None:
         check_choice("--table", table, ("markdown", "latex", "csv"))
+    if figure is not None:
+        check_choice("--figure: suffix", figure.suffix.lower(), (".png", ".pdf", ".svg"))
+    found = Evaluation.load(folder)
+    if table is not None:
         render = {"markdown": to_markdown, "latex": to_latex, "csv": to_csv}[table]
         sys.stdout.write(render(found.results).rstrip("\n") + "\n")
         return
@@ -194,7 +198,8 @@ def _finish(results: dict[str, Any], folder: Path, *, json: bool) -> None:
     print_results(results, console=show.console())
     for line in results["notes"]:
         show.note(line)
-    skipped = sum(len(s["skipped"]) for s in [results["id"], *results["ood"]])
+    held = [results["calibration"]] if results.get("calibration") else []
+    skipped = sum(len(s["skipped"]) for s in [results["id"], *results["ood"], *held])
     if skipped:
         show.note(f"{skipped} files could not be read and were left out; the report lists them")
     typer.echo(f"report: {folder / 'report.html'}")

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastood.cli import show
 from fastood.errors import DataError
+from fastood.pipeline.checks import check_labels
 
 if TYPE_CHECKING:
     from fastood.data.imageset import ImageSet
@@ -31,27 +33,69 @@ __all__ = [
 ]
 
 _FEATURES = (".npz", ".npy", ".safetensors")
-_NAMED = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)
+_NAMED = re.compile(r"([^/\\=]+)=(.+)", re.DOTALL)
 _LOCAL_LIMIT = 4 << 30
 
 
 def read_set(
-    text: str, *, split: str | None = None, limit: int | None = None, name: str | None = None
+    text: str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    name: str | None = None,
+    whole: bool = False,
 ) -> ImageSet | FeatureSet:
-    """``PATH`` or ``NAME=PATH``: images, or features from an npz, npy or safetensors file."""
+    """``PATH`` or ``NAME=PATH``: images, or features from an npz, npy or safetensors file.
+
+    ``whole`` takes all of a set that has no splits, and says so, where ``split`` is asked for.
+    """
     given, path = _named(text)
     name = given or name
-    if Path(path).suffix.lower() in _FEATURES:
-        return read_features(path, name=name, split=split)
+    read = read_features if Path(path).suffix.lower() in _FEATURES else _read_images
+    try:
+        return read(path, name=name, split=split, limit=limit)
+    except DataError as error:
+        if not whole or split is None or not str(error).startswith("split:"):
+            raise
+        if " has no " not in str(error):  # it has splits, and this is none of them
+            raise
+        show.note(f"{path} has no splits; all of it is used")
+        return read(path, name=name, split=None, limit=limit)
+
+
+def _read_images(path: str, *, name: str | None, split: str | None, limit: int | None) -> ImageSet:
     from fastood.data import load_images
 
     return load_images(path, name=name, split=split, limit=limit)
 
 
-def read_features(path: str, *, name: str | None = None, split: str | None = None) -> FeatureSet:
+def read_features(
+    path: str, *, name: str | None = None, split: str | None = None, limit: int | None = None
+) -> FeatureSet:
+    """Features from a file; ``limit`` keeps that many rows, evenly spaced."""
     from fastood.data import load_features
 
-    return load_features(path, name=name, split=split)
+    found = load_features(path, name=name, split=split)
+    n = len(found)
+    if limit is None or n <= limit:
+        return found
+    import numpy as np
+    import torch
+
+    from fastood.features.featureset import FeatureChunk
+
+    rows = np.array([i * n // limit for i in range(limit)])
+    local = None
+    if found.has_local:
+        local = torch.cat([c.local for c in found.chunks if c.local is not None])[rows]
+    layout = f"{found.provenance.get('layout')}; limited to {limit} of {n} images, evenly spaced"
+    return dataclasses.replace(
+        found,
+        paths=tuple(found.paths[i] for i in rows),
+        labels=None if found.labels is None else found.labels[rows],
+        chunks=(FeatureChunk(0, found.image()[rows], local),),
+        provenance={**found.provenance, "layout": layout, "images": limit},
+    )
 
 
 def read_sets(
@@ -68,7 +112,7 @@ def read_sets(
         if len(parts) > 1:
             found += [load_images(p.source, name=p.name, split=p.split, limit=limit) for p in parts]
         else:
-            found.append(read_set(text, split=split, limit=limit))
+            found.append(read_set(text, split=split, limit=limit, whole=True))
     names = [s.name for s in found]
     double = next((n for n in names if names.count(n) > 1), None)
     if double is not None:
@@ -77,6 +121,8 @@ def read_sets(
 
 
 def _named(text: str) -> tuple[str | None, str]:
+    if not text.strip():
+        raise ValueError("expected PATH or NAME=PATH for an image set, got nothing")
     match = _NAMED.fullmatch(text)
     if match is None or Path(text).exists():
         return None, text
@@ -91,7 +137,9 @@ def parse_scores(texts: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
         for entry in filter(None, (e.strip() for e in entries)):
             head, _, tail = entry.partition(":")
             label, given, name = head.partition("=")
-            name = name if given else label
+            label, name = label.strip(), (name if given else label).strip()
+            if not label or not name:
+                raise ValueError(f"--score {text}: expected a score or label=score, got {entry!r}")
             options: dict[str, Any] = {}
             for pair in filter(None, tail.split(",")):
                 key, equals, value = pair.partition("=")
@@ -99,11 +147,18 @@ def parse_scores(texts: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
                     raise ValueError(
                         f"--score {text}: expected name:option=value,option=value, got {pair!r}"
                     )
+                if key.strip() == "fit":
+                    raise ValueError(f"--score {text}: fit is made from --train, not given")
+                if key.strip() in options:
+                    raise ValueError(f"--score {text}: {key.strip()!r} is given twice")
                 options[key.strip()] = _value(value.strip())
-            label = label if given else entry
+            label = label if given or not options else entry
             if label in methods:
                 raise ValueError(f"--score {text}: {label!r} is asked for twice")
             methods[label] = (name, options)
+    if texts and not methods:
+        raise ValueError("--score: expected the name of a score, got nothing")
+    check_labels(methods)
     return methods
 
 
@@ -168,8 +223,12 @@ def read_lines(file: str) -> list[str]:
         lines = [
             line.strip() for line in Path(file).expanduser().read_text("utf-8-sig").splitlines()
         ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: expected a text file with one prompt a line: {error}") from error
+    except OSError as error:
+        raise DataError(
+            f"{file}: expected a text file with one prompt a line: {error.strerror or error}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: expected UTF-8 text with one prompt a line: {error}") from error
     lines = [line for line in lines if line]
     if not lines:
         raise DataError(f"{file}: expected one prompt a line, the file is empty")

@@ -73,6 +73,10 @@ Negatives = Annotated[
         help="Negative labels for neg_label: one whole prompt a line.", rich_help_panel=_MODEL
     ),
 ]
+Groups = Annotated[
+    int,
+    typer.Option(min=1, help="Groups the negative labels are split into.", rich_help_panel=_MODEL),
+]
 Train = Annotated[
     str | None,
     typer.Option(

@@ -40,6 +40,7 @@ def calibrate(
     text_features: o.TextFeatures = None,
     allow_duplicates: o.AllowDuplicates = False,
     negatives: o.Negatives = None,
+    groups: o.Groups = 100,
     train: o.Train = None,
     pretrained: o.Pretrained = None,
     checkpoint: o.Checkpoint = None,
@@ -62,6 +63,8 @@ def calibrate(
     from fastood.pipeline.output import OutputFolder
 
     conformal_rank(1, tpr)  # refuses an impossible share now
+    if out.is_dir():
+        raise ValueError(f"--out {out}: expected a file for the threshold, got a folder")
     methods = inputs.parse_scores([score])
     if len(methods) != 1:
         raise ValueError(f"--score: a threshold is for one score, got {', '.join(methods)}")
@@ -71,10 +74,12 @@ def calibrate(
         model=model,
         scores=methods,
         class_names=names,
+        named=classes is not None,
         templates=templates,
         text_features=text_features,
         allow_duplicates=allow_duplicates,
         negatives=negatives,
+        groups=groups,
         train=train,
         weights={
             "pretrained": pretrained,
@@ -99,6 +104,7 @@ def calibrate(
         found = dataclasses.replace(
             found, recipe={**found.recipe, "model": model, "checkpoint": checkpoint}
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
     found.save(out)
     if json:
         show.print_json(found.as_dict())
@@ -131,6 +137,7 @@ def score(
     text_features: o.TextFeatures = None,
     allow_duplicates: o.AllowDuplicates = False,
     negatives: o.Negatives = None,
+    groups: o.Groups = 100,
     train: o.Train = None,
     pretrained: o.Pretrained = None,
     checkpoint: o.Checkpoint = None,
@@ -162,22 +169,34 @@ def score(
     methods = inputs.parse_scores(score) if score else None
     recipe: dict[str, Any] = {} if decide is None else dict(decide.recipe)
     if methods is None and decide is not None and decide.score is not None:
-        options = {k: v for k, v in decide.options.items() if k != "fit"}
+        # what the pipeline adds to the options of fitted and grouped scores is found again there
+        options = {k: v for k, v in decide.options.items() if k not in ("fit", "groups")}
         methods = {decide.score: (decide.score, options)}
+        groups = decide.options.get("groups", groups)
     folder = None if out is None else OutputFolder(out)
     given, names = inputs.read_named_set(images, None, match="name", split=split, limit=limit)
     if classes is not None:
         names = inputs.read_class_names(classes)
     elif recipe.get("class_names"):
         names = tuple(recipe["class_names"])
+        allow_duplicates = True  # they were allowed when the threshold was made
+    elif names is not None and text_features is None:
+        show.note(
+            f"the classes are the {len(names)} subfolders of {images}; --classes names others"
+        )
+    if model is None:
+        features = text_features is not None or ("model" in recipe and recipe["model"] is None)
+        model = recipe.get("model") or ("none" if features else "ViT-B-16/openai")
     request = Request(
-        model=model or recipe.get("model") or ("none" if text_features else "ViT-B-16/openai"),
+        model=model,
         scores=methods,
         class_names=names,
+        named=classes is not None,
         templates=templates or recipe.get("templates") or None,
         text_features=text_features,
         allow_duplicates=allow_duplicates,
         negatives=negatives,
+        groups=groups,
         train=train,
         weights={
             "pretrained": pretrained,

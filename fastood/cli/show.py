@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -14,7 +16,35 @@ if TYPE_CHECKING:
 
     from fastood.features.encode import Progress
 
-__all__ = ["console", "error", "note", "plain_warnings", "print_json", "progress"]
+__all__ = [
+    "command",
+    "console",
+    "error",
+    "note",
+    "plain_warnings",
+    "print_json",
+    "progress",
+    "typed",
+]
+
+_COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
+
+
+@contextmanager
+def command(words: Sequence[str]) -> Iterator[None]:
+    """While the block runs, ``typed()`` is the command with these words."""
+    # names that are not UTF-8 arrive as lone surrogates, which no JSON file can hold
+    line = shlex.join(["fastood", *words]).encode("utf-8", "backslashreplace").decode("utf-8")
+    token = _COMMAND.set(line)
+    try:
+        yield
+    finally:
+        _COMMAND.reset(token)
+
+
+def typed() -> str | None:
+    """The command as it was typed, for the record."""
+    return _COMMAND.get()
 
 
 def console(*, stderr: bool = False) -> Console:

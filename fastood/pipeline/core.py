@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,13 @@ import torch
 from torch import Tensor
 
 from fastood.data.imageset import ImageSet
-from fastood.errors import DataError, ModelError
+from fastood.errors import ModelError
 from fastood.features.featureset import FeatureSet
+from fastood.pipeline.checks import check_labels, check_set, check_training
+from fastood.pipeline.heads import build_head
 from fastood.pipeline.methods import Fits, split_fit_options
 from fastood.scores.bank import ClassBank, Head
-from fastood.scores.many import check_head, similarity_blocks
+from fastood.scores.many import similarity_blocks
 from fastood.scores.registry import Methods, default_methods, resolve
 from fastood.scores.result import ScoreKey, Scores
 
@@ -105,9 +106,7 @@ class Pipeline:
             "strict": strict,
             "verify": verify,
         }
-        self.templates: tuple[str, ...] = ()
         self.warnings: list[str] = []
-        self.digest: str | None = None
         self._names: tuple[str, ...] | None = None if class_names is None else tuple(class_names)
         if logit_scale is None:
             logit_scale = 100.0 if encoder is None else encoder.logit_scale
@@ -116,14 +115,34 @@ class Pipeline:
         has_local = encoder is not None and encoder.no_local is None
         if methods is None:
             methods = default_methods(local=has_local, classes=len(self._names or ("", "")))
+        if class_names is not None and isinstance(class_names, str):
+            raise TypeError(f"class_names: expected a list of names, got the text {class_names!r}")
+        check_training(_entries(methods), train)
         asked, fit_options = split_fit_options(methods)
-        self._check_needs(asked, negatives, train, has_local)
-        self.head = self._build_head(head, text, templates, negatives, groups, allow_duplicates)
+        check_labels(asked)
+        has_negatives = negatives is not None or getattr(head, "negatives", None) is not None
+        self._check_needs(asked, has_negatives, train, has_local)
+        self._warn_unused(asked, negatives, train)
+        self._groups = groups
+        built = build_head(
+            encoder,
+            self._names,
+            head=head,
+            text=text,
+            templates=templates,
+            negatives=negatives,
+            groups=groups,
+            allow_duplicates=allow_duplicates,
+            cache=cache,
+        )
+        self.head, self._names, self.digest = built.head, built.names, built.digest
+        self.templates = built.templates
+        self.warnings += built.warnings
         fits = Fits(fit_options, lambda: self.encode(_given(train)))
         self._methods = resolve(
             fits.filled(asked),
             logit_scale=self.logit_scale,
-            negatives=negatives is not None,
+            negatives=has_negatives,
             classes=None if self._names is None else len(self._names),
         )
         self._fit_digests = fits.digests
@@ -153,12 +172,19 @@ class Pipeline:
         return {
             label: ScoreKey(
                 spec.name,
-                {**options, **self._fit_digests.get(label, {})},
+                {**options, **self._fit_digests.get(label, {}), **self._grouping(spec.needs)},
                 self.model_fingerprint,
                 self.digest,
             )
             for label, (spec, options) in self._methods.items()
         }
+
+    def _grouping(self, needs: str | None) -> dict[str, Any]:
+        """The number of groups of negative labels, which scores with them depend on."""
+        if needs != "negatives":
+            return {}
+        own = getattr(self.head, "negatives", None)
+        return {"groups": self._groups if own is None else len(own)}
 
     def formulas(self) -> dict[str, tuple[str, str]]:
         """Formula and source of each label."""
@@ -183,6 +209,23 @@ class Pipeline:
             **self._encode_options,
         )
 
+    def check(self, *sets: ImageSet | FeatureSet) -> None:
+        """Refuse sets that cannot be scored: features of another width, images without a model.
+
+        Raises:
+            DataError, ModelError, ValueError: as ``score`` would, but before any work.
+        """
+        width = getattr(self.head, "dim", None)
+        if width is None and self.encoder is not None:
+            width = self.encoder.embed_dim
+        for given in sets:
+            check_set(
+                given,
+                encoder=self.encoder,
+                width=width if isinstance(width, int) else None,
+                local=self.wants_local,
+            )
+
     def score(self, images: ImageSet | FeatureSet) -> ScoredSet:
         """All asked scores of all readable images.
 
@@ -191,9 +234,8 @@ class Pipeline:
                 needed and the features given have none.
             ValueError: if features of another width than the classes are given.
         """
+        self.check(images)
         features = self.encode(images, local=self.wants_local)
-        if self.wants_local and not features.has_local:
-            raise DataError(f"{features.name}: patch scores need an array 'local' (n, P, D)")
         device = self._device()
         parts: dict[str, list[np.ndarray]] = {label: [] for label in self._methods}
         predicted: list[np.ndarray] = []
@@ -204,6 +246,11 @@ class Pipeline:
                     chunk.local.to(device) if self.wants_local and chunk.local is not None else None
                 )
                 for z, s in similarity_blocks(self.head, image, local):
+                    if self._names is not None and s.image.shape[-1] != len(self._names):
+                        raise ValueError(
+                            f"class_names: expected one for each of {s.image.shape[-1]} classes "
+                            f"of the head, got {len(self._names)}"
+                        )
                     predicted.append(s.image.argmax(dim=-1).cpu().numpy())
                     for label, (spec, options) in self._methods.items():
                         parts[label].append(spec.compute(s, z, **options).cpu().numpy())
@@ -263,25 +310,37 @@ class Pipeline:
         return score
 
     def plan(
-        self, id_set: ImageSet | FeatureSet, ood_sets: Sequence[ImageSet | FeatureSet]
+        self,
+        id_set: ImageSet | FeatureSet,
+        ood_sets: Sequence[ImageSet | FeatureSet],
+        *,
+        calibration: ImageSet | FeatureSet | None = None,
+        tpr: float = 0.95,
+        aupr: str = "ap",
+        resamples: int = 1000,
+        seed: int = 0,
     ) -> dict[str, Any]:
-        """What an evaluation would be of, known before anything is encoded."""
+        """What an evaluation with these options would be of, known before anything is encoded."""
+        from fastood.pipeline.checks import check_settings
         from fastood.pipeline.evaluation import describe_plan
 
-        return describe_plan(self, id_set, ood_sets)
+        tpr = check_settings(tpr=tpr, aupr=aupr, resamples=resamples, seed=seed)
+        settings = {"tpr": tpr, "aupr": aupr, "resamples": resamples, "seed": seed}
+        return describe_plan(self, id_set, ood_sets, calibration=calibration, settings=settings)
 
     # -- construction ------------------------------------------------------------------------
 
     def _check_needs(
         self,
         asked: Mapping[str, tuple[str, Mapping[str, Any]]],
-        negatives: Sequence[str] | None,
+        negatives: bool,
         train: ImageSet | FeatureSet | None,
         has_local: bool,
     ) -> None:
         """Refuse what cannot work before a single prompt is encoded."""
+        given = train is not None
         probe = {
-            label: (name, {**options, "fit": "given"} if name in Fits.SCORES and train else options)
+            label: (name, {"fit": "given", **options} if name in Fits.SCORES and given else options)
             for label, (name, options) in asked.items()
         }
         try:
@@ -289,7 +348,7 @@ class Pipeline:
                 probe,
                 logit_scale=self.logit_scale,
                 local=has_local if self.encoder is not None else None,
-                negatives=negatives is not None,
+                negatives=negatives,
                 classes=None if self._names is None else len(self._names),
             )
         except ValueError as error:
@@ -298,73 +357,19 @@ class Pipeline:
                 raise ModelError(f"{str(error).split(':')[0]}: {reason}") from None
             raise
 
-    def _build_head(
+    def _warn_unused(
         self,
-        head: Head | None,
-        text: Tensor | None,
-        templates: str | Iterable[str],
+        asked: Mapping[str, tuple[str, Mapping[str, Any]]],
         negatives: Sequence[str] | None,
-        groups: int,
-        allow_duplicates: bool,
-    ) -> Head:
-        from fastood.features.text import encode_classes, encode_prompts, prompts_digest
-
-        encoder = self.encoder
-        if head is not None:
-            check_head(head)
-            self.digest = prompts_digest(self._names or (), ())
-            return head
-        if text is not None:
-            from fastood.data.prompts import check_class_names
-
-            bank = ClassBank(text)
-            if self._names is not None:
-                self.warnings += check_class_names(self._names, allow_duplicates=allow_duplicates)
-                if len(self._names) != len(bank):
-                    raise ValueError(
-                        f"class_names: expected one for each of {len(bank)} rows of text, got "
-                        f"{len(self._names)}"
-                    )
-            else:
-                self._names = tuple(f"class {k}" for k in range(len(bank)))
-            features = hashlib.blake2b(
-                bank.text.cpu().numpy().tobytes(), digest_size=16
-            ).hexdigest()
-            self.digest = prompts_digest(self._names, [f"features {features}"])
-            return bank
-        if encoder is None:
-            raise ModelError("expected a model, or class features (text=), or an adapted head")
-        if encoder.text is None:
-            make_head = getattr(encoder, "head", None)
-            if make_head is None:
-                raise ModelError(f"{encoder.name} has neither a text tower nor classes of its own")
-            own = make_head()
-            check_head(own)
-            names = getattr(encoder, "class_names", None)
-            if self._names is None and names is not None:
-                self._names = tuple(names)
-            self.digest = prompts_digest(self._names or (), ())
-            return own
-        if self._names is None:
-            raise ModelError(f"class_names: {encoder.name} scores the classes you name; give them")
-        classes = encode_classes(
-            encoder,
-            self._names,
-            templates=templates,
-            cache=self.cache,
-            allow_duplicates=allow_duplicates,
-        )
-        self.templates = classes.templates
-        self.warnings += classes.warnings
-        self.digest = prompts_digest(self._names, classes.templates, negatives)
-        if negatives is None:
-            return ClassBank(classes.features)
-        self.warnings += encoder.warn_prompts(list(negatives))
-        return ClassBank(
-            classes.features,
-            negatives=encode_prompts(encoder, negatives, cache=self.cache),
-            groups=groups,
-        )
+        train: ImageSet | FeatureSet | None,
+    ) -> None:
+        names = {name for name, _ in asked.values()}
+        if negatives is not None and "neg_label" not in names:
+            self.warnings.append("negatives: given, but no score asked for uses them (neg_label)")
+        if train is not None and not names & set(Fits.SCORES):
+            self.warnings.append(
+                "train: given, but no score asked for is fitted (mahalanobis, knn)"
+            )
 
     def _device(self) -> torch.device:
         if self.encoder is not None:
@@ -373,14 +378,26 @@ class Pipeline:
 
     def _own_labels(self, features: FeatureSet) -> np.ndarray | None:
         """The set's labels as indices of our classes, or None if its classes are others."""
-        if features.labels is None or features.class_names is None or self._names is None:
+        theirs, ours, labels = features.class_names, self._names, features.labels
+        if labels is None or theirs is None or ours is None:
             return None
-        own = {_spelling(name): k for k, name in enumerate(self._names)}
-        index = [own.get(_spelling(name), -1) for name in features.class_names]
-        if -1 in index:
+        if tuple(theirs) == ours:  # also where two classes share a name
+            return np.where(labels < 0, -1, labels)
+        own = {name: k for k, name in enumerate(ours)}
+        spelled = {_spelling(name): k for k, name in enumerate(ours)}
+        if len(spelled) < len(ours):  # "a_b" beside "a b": only the exact name tells them apart
+            spelled = {}
+        index = [own.get(name, spelled.get(_spelling(name), -1)) for name in theirs]
+        if -1 in index or len(own) < len(ours):
             return None
-        labels = features.labels
         return np.where(labels < 0, -1, np.asarray(index, dtype=np.int64)[np.maximum(labels, 0)])
+
+
+def _entries(methods: Methods) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Name and options by label, options of fits included."""
+    if isinstance(methods, Mapping):
+        return {k: (e, {}) if isinstance(e, str) else e for k, e in methods.items()}
+    return {name: (name, {}) for name in ([methods] if isinstance(methods, str) else methods)}
 
 
 def _given(train: ImageSet | FeatureSet | None) -> ImageSet | FeatureSet:

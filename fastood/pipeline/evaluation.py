@@ -17,6 +17,7 @@ import numpy as np
 from fastood._version import __version__
 from fastood.data.imageset import ImageSet
 from fastood.features.featureset import FeatureSet
+from fastood.pipeline.checks import check_set_names, check_settings
 from fastood.pipeline.core import Pipeline, ScoredSet
 from fastood.pipeline.output import OutputFolder
 from fastood.report.table import ScoreTable
@@ -59,6 +60,7 @@ class Evaluation:
 
         out = folder if isinstance(folder, OutputFolder) else OutputFolder(folder)
         out.check(self.results)
+        out.make()
         self.table.save(out.path)
         write_report(self.results, self.table, out.path / "report.html", open_image=self.open_image)
         out.write_json("results.json", self.results)
@@ -103,15 +105,11 @@ def evaluate_sets(
     Raises:
         ValueError: no OOD set, or sets of one name; DataError where images cannot be used.
     """
-    from fastood.metrics.ranks import check_tpr
-
     started = time.perf_counter()
-    tpr = check_tpr(tpr)
-    names = [id_set.name, *(s.name for s in ood_sets)]
-    if not ood_sets:
-        raise ValueError("ood_sets: expected at least one OOD set, got none")
-    if len(set(names)) != len(names) or "average" in names:
-        raise ValueError(f"expected every set under its own name (not 'average'), got {names}")
+    tpr = check_settings(tpr=tpr, aupr=aupr, resamples=resamples, seed=seed)
+    settings = {"tpr": tpr, "aupr": aupr, "resamples": resamples, "seed": seed}
+    plan = describe_plan(pipeline, id_set, ood_sets, calibration=calibration, settings=settings)
+    same = calibration is None or _same_images(calibration, id_set)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -120,7 +118,7 @@ def evaluate_sets(
         scored_calibration = None if calibration is None else pipeline.score(calibration)
         scored = time.perf_counter()
         rows = _metric_rows(scored_id, scored_ood, tpr, aupr, resamples, seed)
-        thresholds = _thresholds(scored_calibration or scored_id, scored_calibration is None, tpr)
+        thresholds = _thresholds(scored_calibration or scored_id, same, tpr)
     for entry in caught:
         warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
     seconds = {"scores": scored - started, "metrics": time.perf_counter() - scored}
@@ -130,15 +128,14 @@ def evaluate_sets(
         "fastood": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        **describe_plan(pipeline, id_set, ood_sets),
+        **plan,
         "id": {**_describe(scored_id), "accuracy": _accuracy(scored_id)},
         "ood": [_describe(found) for found in scored_ood],
         "calibration": None if scored_calibration is None else _describe(scored_calibration),
         "metrics": rows,
         "thresholds": thresholds,
-        "notes": [*notes, *_notes(scored_id, scored_calibration is None)],
+        "notes": [*notes, *_notes(scored_id, same)],
         "warnings": list(dict.fromkeys(str(entry.message) for entry in caught)),
-        "settings": {"tpr": tpr, "aupr": aupr, "resamples": resamples, "seed": seed},
         "versions": _versions(),
         "seconds": seconds,
     }
@@ -150,8 +147,19 @@ def describe_plan(
     pipeline: Pipeline,
     id_set: ImageSet | FeatureSet,
     ood_sets: Sequence[ImageSet | FeatureSet],
+    *,
+    calibration: ImageSet | FeatureSet | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The part of the results that is known before any image is encoded."""
+    """The part of the results that is known before any image is encoded.
+
+    Raises:
+        ValueError, TypeError: no OOD set, or sets of one name; features of another width.
+        DataError, ModelError: sets that this pipeline cannot score.
+    """
+    check_set_names(id_set, ood_sets)
+    held = [] if calibration is None else [calibration]
+    pipeline.check(id_set, *ood_sets, *held)
     return {
         "model": _model(pipeline),
         "prompts": {
@@ -161,13 +169,37 @@ def describe_plan(
             "warnings": list(pipeline.warnings),
         },
         "scores": _scores(pipeline),
-        "id": {"name": id_set.name, "root": _root(id_set)},
-        "ood": [{"name": s.name, "root": _root(s)} for s in ood_sets],
+        "id": _source(id_set),
+        "ood": [_source(s) for s in ood_sets],
+        "calibration": None if calibration is None else _source(calibration),
+        "settings": dict(settings or {}),
     }
 
 
-def _root(given: ImageSet | FeatureSet) -> str:
-    return given.root if isinstance(given, ImageSet) else str(given.provenance.get("root", ""))
+def _source(given: ImageSet | FeatureSet) -> dict[str, Any]:
+    """Name, place and layout of a set, as they are before and after it is encoded."""
+    if isinstance(given, ImageSet):
+        root, layout = given.root, given.layout
+    else:
+        root = str(given.provenance.get("root", ""))
+        layout = str(given.provenance.get("layout", "features"))
+    if root and Path(root).exists():  # a report made later, elsewhere, finds the pictures
+        root = str(Path(root).absolute())
+    return {"name": given.name, "root": root, "layout": layout}
+
+
+def _same_images(one: ImageSet | FeatureSet, other: ImageSet | FeatureSet) -> bool:
+    if one is other:
+        return True
+    paths = [
+        s.paths if isinstance(s, FeatureSet) else tuple(i.path for i in s) for s in (one, other)
+    ]
+    sources = [_source(s) for s in (one, other)]
+    return (
+        paths[0] == paths[1]
+        and bool(sources[0]["root"])
+        and (sources[0]["root"] == sources[1]["root"])
+    )
 
 
 def _metric_rows(
@@ -207,7 +239,7 @@ def _thresholds(scored: ScoredSet, same: bool, tpr: float) -> dict[str, Any]:
 
     source = f"{scored.features.name} ({len(scored)} images)"
     if same:
-        source += ", the evaluated ID set itself: its acceptance is tpr by construction"
+        source += ", the evaluated ID images themselves: their acceptance is tpr by construction"
     return {
         label: {**calibrate(values, tpr=tpr).as_dict(), "source": source}
         for label, values in scored.scores.items()
@@ -256,9 +288,7 @@ def _scores(pipeline: Pipeline) -> dict[str, Any]:
 def _describe(scored: ScoredSet) -> dict[str, Any]:
     features = scored.features
     return {
-        "name": features.name,
-        "root": str(features.provenance.get("root", "")),
-        "layout": str(features.provenance.get("layout", "features")),
+        **_source(features),
         "images": len(features),
         "encoded": features.encoded,
         "skipped": [{"path": s.path, "reason": s.reason} for s in features.skipped],

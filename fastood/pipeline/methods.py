@@ -12,7 +12,7 @@ from torch import Tensor
 from fastood.errors import DataError
 from fastood.features.featureset import FeatureSet
 from fastood.scores.fitted import fit_knn, fit_mahalanobis
-from fastood.scores.registry import Methods
+from fastood.scores.registry import SCORES, Methods
 
 __all__ = ["Fits", "split_fit_options"]
 
@@ -38,6 +38,13 @@ def split_fit_options(methods: Methods) -> tuple[Asked, dict[str, dict[str, Any]
             asked[name] = (name, {})
     for label, (name, options) in asked.items():
         if name in _FIT_OPTIONS and options.get("fit") is None:
+            takes = [*_FIT_OPTIONS[name], *(k for k in SCORES[name].options if k != "fit")]
+            unknown = [k for k in options if k not in (*takes, "fit")]
+            if unknown:
+                raise ValueError(
+                    f"{name}: unknown option {', '.join(map(repr, unknown))}; it takes "
+                    f"{', '.join(takes)}"
+                )
             fitting[label] = {k: options.pop(k) for k in _FIT_OPTIONS[name] if k in options}
     return asked, fitting
 

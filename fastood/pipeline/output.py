@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ class OutputFolder:
     """A folder that can be written, found out now rather than after an hour of encoding.
 
     Args:
-        path: created if missing.
+        path: made if missing, by ``make`` when there is something to write.
         overwrite: replace the results of another evaluation. A repetition of the same evaluation
             always may.
 
@@ -28,14 +29,23 @@ class OutputFolder:
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path, self.overwrite = Path(path).expanduser(), overwrite
+        above = [self.path, *self.path.absolute().parents]
+        missing = [folder for folder in above if not folder.exists()]
+        self.make()
+        for folder in missing:  # an attempt that fails later leaves no empty folders behind
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def make(self) -> None:
+        """Make the folder and try to write in it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as error:
+            reason = "a file" if self.path.is_file() else error.strerror or error
             raise DataError(
-                f"output folder {self.path}: expected a folder that can be written, got: "
-                f"{error.strerror or error}"
+                f"output folder {self.path}: expected a folder that can be written, got: {reason}"
             ) from error
 
     def check(self, results: Mapping[str, Any]) -> None:
@@ -54,7 +64,8 @@ class OutputFolder:
         if _identity(old) != _identity(results):
             raise DataError(
                 f"output folder {self.path}: holds the results of another evaluation "
-                f"({old.get('created', 'unknown')}); choose another folder or allow overwriting"
+                f"({old.get('created', 'unknown')}); choose another folder or allow overwriting "
+                "(--overwrite, overwrite=True)"
             )
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
@@ -92,10 +103,11 @@ def _schema(results: Any) -> Any:
 def _identity(results: Mapping[str, Any]) -> Any:
     model, prompts = results.get("model") or {}, results.get("prompts") or {}
     scores = results.get("scores") or {}
+    sets = [results.get("id"), *(results.get("ood") or []), results.get("calibration")]
     return (
         model.get("fingerprint"),
         prompts.get("digest"),
         json.dumps({k: [v["name"], v["options"]] for k, v in scores.items()}, sort_keys=True),
-        (results.get("id") or {}).get("root"),
-        [s.get("root") for s in results.get("ood") or []],
+        [s and [s.get("name"), s.get("root"), s.get("layout")] for s in sets],
+        results.get("settings") or {},
     )

@@ -51,6 +51,7 @@ class Screening:
         import pyarrow.csv
         import pyarrow.parquet
 
+        folder.make()
         readable = {
             name: [_text(v) if isinstance(v, str) else v for v in values]
             for name, values in self.columns.items()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fastood.errors import DataError
 
 __all__ = ["replacing", "write_text"]
 
@@ -17,9 +20,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never half of one, and a failed write leaves the old
     file as it was.
+
+    Raises:
+        DataError: if no file can be written there.
     """
     target = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise DataError(
+            f"{target}: expected a file that can be written, got: {error.strerror or error}"
+        ) from error
     os.close(handle)
     temporary = Path(name)
     try:

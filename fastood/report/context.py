@@ -204,9 +204,13 @@ def thresholds(view: MetricView, table: ScoreTable, entries: Mapping[str, Any]) 
 
 
 def image_sets(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """ID and OOD sets with their counts and skipped files."""
+    """ID, OOD and calibration sets with their counts and skipped files."""
     out = []
-    for role, entries in (("ID", [results.get("id") or {}]), ("OOD", results.get("ood") or [])):
+    for role, entries in (
+        ("ID", [results.get("id") or {}]),
+        ("OOD", results.get("ood") or []),
+        ("calibration", [results.get("calibration") or {}]),
+    ):
         for entry in entries:
             if entry:
                 out.append({**entry, "role": role, "skipped": list(entry.get("skipped") or [])})

@@ -74,6 +74,7 @@ def save_figure(
     target.parent.mkdir(parents=True, exist_ok=True)
     columns = len(view.sets)
     threshold = ((results.get("thresholds") or {}).get(score) or {}).get("threshold")
+    threshold = None if threshold is None else float(threshold)  # "-inf" is a word in JSON
     with rc_context(_STYLE):
         # A figure of its own, not pyplot's: no global state, no window, safe in threads.
         figure = Figure(figsize=(2.3 * columns + 1.2, 4.0), layout="constrained")

@@ -77,7 +77,10 @@ def render_report(
     if score is not None and score not in view.scores:
         raise ValueError(f"score: expected one of {view.scores}, got {score!r}")
     chosen = score or _reference(view)
-    entries: Mapping[str, Any] = results.get("thresholds") or {}
+    entries: dict[str, Mapping[str, Any]] = {}
+    for label, entry in (results.get("thresholds") or {}).items():
+        at = entry.get("threshold")  # infinite ones are the words "inf" and "-inf" in JSON
+        entries[label] = {**entry, "threshold": None if at is None else float(at)}
     threshold = (entries.get(chosen) or {}).get("threshold")
     keys = view.fpr_keys()
     tpr = float(keys[0][3:-3]) / 100 if keys else 0.95
