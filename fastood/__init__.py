@@ -15,6 +15,7 @@ from fastood._version import __version__
 if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same at run time
     from fastood.calibration import Threshold, calibrate
     from fastood.data import load_features, load_images
+    from fastood.detectors import Detector
     from fastood.errors import FastoodError
     from fastood.features import FeatureCache, encode_classes, encode_images
     from fastood.models import Encoder, list_models, load_model
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
 
 __all__ = [
     "ClassBank",
+    "Detector",
     "Encoder",
     "Evaluation",
     "FastoodError",
@@ -89,6 +91,7 @@ __all__ = [
 _MODULES: dict[str, tuple[str, ...]] = {
     "fastood.calibration": ("Threshold", "calibrate"),
     "fastood.data": ("load_features", "load_images"),
+    "fastood.detectors": ("Detector",),
     "fastood.errors": ("FastoodError",),
     "fastood.features": ("FeatureCache", "encode_classes", "encode_images"),
     "fastood.models": ("Encoder", "list_models", "load_model"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +11,7 @@ from torch import Tensor
 from fastood.scores.fitted import GaussianBank, NeighbourBank, fit_knn, fit_mahalanobis
 from fastood.scores.inputs import check_count, unit_rows, working
 
-__all__ = ["FIT_OPTIONS", "Fitted"]
-
-FIT_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "mahalanobis": ("normalize", "eps", "shrinkage"),
-    "knn": (),
-}
-"""Options that belong to the fit rather than to the score."""
+__all__ = ["Fitted"]
 
 
 class Fitted:
@@ -58,12 +51,11 @@ class Fitted:
         if score == "knn":
             check_count("k", k, 1, len(features), high_name="N = ")
             self.bank, self.labels = fit_knn(features), labels
-            self.digest = _digest(self.bank.features)
         elif labels is None:
             raise ValueError("labels: mahalanobis needs the class of every sample, got None")
         else:
             self.bank = fit_mahalanobis(features, labels, **options)
-            self.digest = _digest(self.bank.means, self.bank.whiten)
+        self.digest = self.bank.digest
 
     @property
     def device(self) -> torch.device:
@@ -86,10 +78,3 @@ class Fitted:
             return None
         z = unit_rows(working(features))
         return self.labels[(z @ bank.features.to(z.dtype).mT).max(dim=-1).indices]
-
-
-def _digest(*tensors: Tensor) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()

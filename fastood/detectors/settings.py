@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastood.detectors.encoding import module_of
-from fastood.detectors.fitting import FIT_OPTIONS, Fitted
+from fastood.detectors.fitting import Fitted
 from fastood.detectors.heads import as_head
 from fastood.detectors.peers import PytorchOODMember
 from fastood.detectors.spaces import search_space
 from fastood.models.base import Encoder
 from fastood.scores.bank import ClassBank
+from fastood.scores.fitted import FIT_OPTIONS
 from fastood.scores.inputs import check_count, check_scalar
 from fastood.scores.registry import SCORES, resolve
 from fastood.scores.result import ScoreKey

@@ -6,6 +6,8 @@ takes it in place of ``text``.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,21 @@ from fastood.scores.inputs import (
     working,
 )
 
-__all__ = ["GaussianBank", "NeighbourBank", "fit_knn", "fit_mahalanobis", "knn", "mahalanobis"]
+__all__ = [
+    "FIT_OPTIONS",
+    "GaussianBank",
+    "NeighbourBank",
+    "fit_knn",
+    "fit_mahalanobis",
+    "knn",
+    "mahalanobis",
+]
+
+FIT_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "mahalanobis": ("normalize", "eps", "shrinkage"),
+    "knn": (),
+}
+"""Options that belong to the fit rather than to the score."""
 
 _BLOCK = 1 << 23
 
@@ -46,6 +62,11 @@ class GaussianBank:
         return GaussianBank(
             self.means.to(device), self.whiten.to(device), self.classes.to(device), self.normalize
         )
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal bits: what a saved threshold knows of the fit."""
+        return _digest(self.means, self.whiten)
 
 
 def fit_mahalanobis(
@@ -135,6 +156,11 @@ class NeighbourBank:
         """The same bank on another device."""
         return NeighbourBank(self.features.to(device))
 
+    @property
+    def digest(self) -> str:
+        """Equal for equal bits: what a saved threshold knows of the fit."""
+        return _digest(self.features)
+
 
 def fit_knn(features: Tensor) -> NeighbourBank:
     """Unit-normalised copies of ``features (N, D)``.
@@ -174,3 +200,10 @@ def knn(image: Tensor, bank: NeighbourBank, *, k: int = 50) -> Tensor:
     if not index:
         return z.new_zeros(0)
     return -torch.linalg.vector_norm(z - known[torch.cat(index)], dim=-1)
+
+
+def _digest(*tensors: Tensor) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

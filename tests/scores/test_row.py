@@ -264,3 +264,41 @@ def test_bad_rows_are_named(value):
 def test_not_a_tensor():
     with pytest.raises(TypeError, match=r"image: expected a torch.Tensor \(B, D\), got list"):
         fastood.mcm([[1.0]], TEXT)
+
+
+@EVERY
+def test_without_checks_nan_stays_nan_and_in_its_row(name, monkeypatch):
+    """What a GPU does unless FASTOOD_CHECK=1: no synchronisation, no check, no invented number."""
+    monkeypatch.setattr("fastood.scores.inputs._must_check", lambda x: False)
+    ours, _ = ROW[name]
+    s = similarity(b=5, k=30)
+    want = ours(similarity=s)
+    s[2, 7] = float("nan")
+    got = ours(similarity=s)
+    assert got[2].isnan()
+    keep = [0, 1, 3, 4]
+    assert torch.equal(got[keep], want[keep])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_checks_are_asked_for(monkeypatch):
+    image = IMAGE.cuda()
+    image[1] = float("nan")
+    assert fastood.mcm(image, TEXT.cuda())[1].isnan()
+    monkeypatch.setenv("FASTOOD_CHECK", "1")
+    with pytest.raises(ValueError, match="image: .* row 1"):
+        fastood.mcm(image, TEXT.cuda())
+
+
+def test_full_graph_compilation_gives_the_same_numbers_and_gradients():
+    image, text, _ = clip_like(8, 6, 16)
+
+    def total(z):
+        return (fastood.delta_energy(z, text, c=2) + fastood.mcm(z, text)).sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    a, b = image.clone().requires_grad_(), image.clone().requires_grad_()
+    total(a).backward()
+    compiled(b).backward()
+    torch.testing.assert_close(b.grad, a.grad)
