@@ -302,3 +302,14 @@ def test_full_graph_compilation_gives_the_same_numbers_and_gradients():
     total(a).backward()
     compiled(b).backward()
     torch.testing.assert_close(b.grad, a.grad)
+
+
+@pytest.mark.parametrize("c", [1, 2, 5, 8, 9, 20])
+def test_top_classes_come_in_order_of_value_then_index(c):
+    from fastood.reference import top
+
+    tied = torch.randint(0, 4, (50, 20), generator=torch.Generator().manual_seed(0)).float()
+    values, index = top(tied, c)
+    for row, found in zip(tied.tolist(), index.tolist(), strict=True):
+        assert found == sorted(range(20), key=lambda k: (-row[k], k))[:c]
+    assert torch.equal(values, tied.gather(1, index))
