@@ -84,9 +84,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         except _USAGE as error:
             return _usage(error)
         except (KeyboardInterrupt, typer.Abort):
-            show.error(
-                "interrupted; what was encoded is kept, the same command continues from there"
-            )
+            kept = "; what was encoded is kept, the same command continues from there"
+            show.error("interrupted" + ("" if "--no-cache" in words else kept))
             return _INTERRUPTED
         except typer.Exit as done:
             return int(done.exit_code)

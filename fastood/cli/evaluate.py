@@ -165,9 +165,9 @@ def report(
         open_image=found.open_image,
         score=score,
     )
-    typer.echo(f"report: {target}")
+    show.line(f"report: {target}")
     if figure is not None:
-        typer.echo(f"figure: {save_figure(found.results, found.table, figure)}")
+        show.line(f"figure: {save_figure(found.results, found.table, figure)}")
 
 
 def demo(
@@ -202,4 +202,4 @@ def _finish(results: dict[str, Any], folder: Path, *, json: bool) -> None:
     skipped = sum(len(s["skipped"]) for s in [results["id"], *results["ood"], *held])
     if skipped:
         show.note(f"{skipped} files could not be read and were left out; the report lists them")
-    typer.echo(f"report: {folder / 'report.html'}")
+    show.line(f"report: {folder / 'report.html'}")

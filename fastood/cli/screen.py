@@ -109,8 +109,8 @@ def calibrate(
     if json:
         show.print_json(found.as_dict())
         return
-    typer.echo(found.describe())
-    typer.echo(f"threshold: {out}")
+    show.line(found.describe())
+    show.line(f"threshold: {out}")
 
 
 def score(
@@ -225,7 +225,7 @@ def score(
         found.save(folder)
     _print(found, scored, is_ood, json=json)
     if folder is not None and not json:
-        typer.echo(f"table: {folder.path / 'scores.csv'}")
+        show.line(f"table: {folder.path / 'scores.csv'}")
     return 3 if fail_on_ood and is_ood is not None and bool(is_ood.any()) else 0
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "command",
     "console",
     "error",
+    "line",
     "note",
     "plain_warnings",
     "print_json",
@@ -57,16 +58,29 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, width=width)
 
 
+def line(text: str) -> None:
+    """A line on stdout; names that are not UTF-8 show as escapes."""
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+
+
 def error(message: str) -> None:
     from rich.text import Text
 
-    console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    text = _one_line(message)
+    console(stderr=True).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 
 def note(message: str) -> None:
     from rich.text import Text
 
-    console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), message), soft_wrap=True)
+    text = _one_line(message)
+    console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), text), soft_wrap=True)
+
+
+def _one_line(text: str) -> str:
+    """Line breaks and control characters of messages and file names do not reach the terminal."""
+    text = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").splitlines())
+    return "".join(ch if ch.isprintable() else ascii(ch)[1:-1] for ch in text)
 
 
 def print_json(content: Mapping[str, Any] | list[Any]) -> None:

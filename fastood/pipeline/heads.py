@@ -77,10 +77,12 @@ def build_head(
     if encoder is None:
         raise ModelError("expected a model, or class features (text=), or an adapted head")
     if encoder.text is None:
-        make_head = getattr(encoder, "head", None)
-        if make_head is None:
-            raise ModelError(f"{encoder.name} has neither a text tower nor classes of its own")
-        own = make_head()
+        own = encoder.head()
+        if own is None:
+            raise ModelError(
+                f"{encoder.name} has neither a text tower nor classes of its own; give class "
+                "features (text=) or an adapted head (head=)"
+            )
         check_head(own)
         theirs = getattr(encoder, "class_names", None)
         if names is None and theirs is not None:

@@ -58,10 +58,11 @@ class Screening:
         }
         try:
             table = pa.table(readable)
-            with replacing(folder.path / "scores.parquet") as file:
-                pyarrow.parquet.write_table(table, file)
-            with replacing(folder.path / "scores.csv") as file:
-                pyarrow.csv.write_csv(table, file)
+            # files opened here: Arrow itself takes no path that is not UTF-8
+            with replacing(folder.path / "scores.parquet") as file, file.open("wb") as sink:
+                pyarrow.parquet.write_table(table, sink)
+            with replacing(folder.path / "scores.csv") as file, file.open("wb") as sink:
+                pyarrow.csv.write_csv(table, sink)
         except OSError as error:
             raise DataError(f"{folder.path}: cannot be written: {error}") from error
 

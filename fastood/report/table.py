@@ -132,13 +132,15 @@ class ScoreTable:
         folder.mkdir(parents=True, exist_ok=True)
         raw = _undecodable(self.path)
         table = self._arrow(raw)
-        with replacing(folder / _PARQUET) as temporary:
-            pyarrow.parquet.write_table(table, temporary, compression="zstd")
+        # files opened here: Arrow itself takes no path that is not UTF-8
+        with replacing(folder / _PARQUET) as temporary, temporary.open("wb") as sink:
+            pyarrow.parquet.write_table(table, sink, compression="zstd")
         with replacing(folder / _CSV) as temporary:
             if raw:
                 self._plain_csv(temporary)  # Arrow writes nothing but UTF-8
             else:
-                pyarrow.csv.write_csv(table, temporary)
+                with temporary.open("wb") as sink:
+                    pyarrow.csv.write_csv(table, sink)
         return folder / _PARQUET, folder / _CSV
 
     @classmethod
@@ -157,7 +159,8 @@ class ScoreTable:
         if not file.is_file():
             raise DataError(f"{file}: no such file; expected the folder `fastood eval` wrote to")
         try:
-            table = pyarrow.parquet.read_table(file)
+            with file.open("rb") as source:
+                table = pyarrow.parquet.read_table(source)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file}: cannot be read as parquet ({error})") from error
         missing = [name for name in COLUMNS if name not in table.column_names]
