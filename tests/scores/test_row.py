@@ -287,7 +287,7 @@ def test_on_a_gpu_checks_are_asked_for(monkeypatch):
     image[1] = float("nan")
     assert fastood.mcm(image, TEXT.cuda())[1].isnan()
     monkeypatch.setenv("FASTOOD_CHECK", "1")
-    with pytest.raises(ValueError, match="image: .* row 1"):
+    with pytest.raises(ValueError, match=r"image: .* row 1"):
         fastood.mcm(image, TEXT.cuda())
 
 
