@@ -117,8 +117,8 @@ class Pipeline:
             methods = default_methods(local=has_local, classes=len(self._names or ("", "")))
         if class_names is not None and isinstance(class_names, str):
             raise TypeError(f"class_names: expected a list of names, got the text {class_names!r}")
-        check_training(_entries(methods), train)
         asked, fit_options = split_fit_options(methods)
+        check_training(_entries(methods), train)
         check_labels(asked)
         has_negatives = negatives is not None or getattr(head, "negatives", None) is not None
         self._check_needs(asked, has_negatives, train, has_local)

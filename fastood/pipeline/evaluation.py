@@ -119,7 +119,7 @@ def evaluate_sets(
         scored = time.perf_counter()
         rows = _metric_rows(scored_id, scored_ood, tpr, aupr, resamples, seed)
         thresholds = _thresholds(scored_calibration or scored_id, same, tpr)
-    for entry in caught:
+    for entry in {str(entry.message): entry for entry in caught}.values():  # each of them once
         warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
     seconds = {"scores": scored - started, "metrics": time.perf_counter() - scored}
 
