@@ -110,7 +110,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     before = (tmp_path / "scores.parquet").read_bytes()
 
     def fail(table, where, **options):
-        where.write_bytes(b"half")
+        where.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(pyarrow.parquet, "write_table", fail)
