@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -89,8 +90,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return _INTERRUPTED
         except typer.Exit as done:
             return int(done.exit_code)
-        except BrokenPipeError:  # the reader has gone, as with `fastood models | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (BrokenPipeError, SystemExit) as gone:
+            # The reader has gone, as with `fastood models | head`; typer and rich make that a
+            # SystemExit. What is still buffered goes nowhere, or Python would complain at exit.
+            if isinstance(gone, SystemExit) and gone.code not in (0, 1, None):
+                raise
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (ValueError, TypeError, FastoodError) as error:
             if debug:

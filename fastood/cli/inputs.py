@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastood.cli import show
 from fastood.errors import DataError
-from fastood.pipeline.checks import check_labels
 
 if TYPE_CHECKING:
     from fastood.data.imageset import ImageSet
@@ -131,6 +130,8 @@ def _named(text: str) -> tuple[str | None, str]:
 
 def parse_scores(texts: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     """``mcm``, ``msp:tau=0.02``, ``sharp=delta_energy:tau=0.005,c=2`` to methods by label."""
+    from fastood.pipeline.checks import check_labels
+
     methods: dict[str, tuple[str, dict[str, Any]]] = {}
     for text in texts:
         entries = text.split(",") if ":" not in text else [text]
