@@ -63,11 +63,17 @@ def test_palette_with_transparent_entries_gives_no_warning() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
     grey = NOISE[:, :, 0]
-    deep = grey.astype(np.uint16) * 257
-    got = pixels(saved(Image.fromarray(deep), kind))
+    got = pixels(saved_deep(grey.astype(np.uint16) * 257, kind))
     np.testing.assert_array_equal(got, np.dstack([grey] * 3))
     dark = np.full((4, 4), 700, np.uint16)  # clipped it would be white
-    assert pixels(saved(Image.fromarray(dark), kind)).max() == 3
+    assert pixels(saved_deep(dark, kind)).max() == 3
+
+
+def saved_deep(grey: np.ndarray, kind: str) -> bytes:
+    if kind == "PPM":  # Pillow 10 reads 16-bit PGM but does not write it
+        height, width = grey.shape
+        return f"P5 {width} {height} 65535\n".encode() + grey.astype(">u2").tobytes()
+    return saved(Image.fromarray(grey), kind)
 
 
 def test_thirty_two_bits_have_no_white() -> None:
