@@ -73,6 +73,7 @@ def results_of(folder: Path) -> dict:
     return strict_json((folder / "results.json").read_text("utf-8"))
 
 
+@pytest.mark.slow
 def test_kill_9_and_again_gives_the_same_and_encodes_only_the_rest(pictures, undisturbed, tmp_path):
     words = command(pictures, tmp_path / "out", tmp_path / "cache")
     code, _ = stopped(words, tmp_path / "cache", signal.SIGKILL)
@@ -93,6 +94,7 @@ def test_kill_9_and_again_gives_the_same_and_encodes_only_the_rest(pictures, und
     assert again.equals(pyarrow.parquet.read_table(undisturbed / "scores.parquet"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_is_130_with_a_hint_and_the_next_run_continues(pictures, undisturbed, tmp_path):
     words = command(pictures, tmp_path / "out", tmp_path / "cache")
