@@ -20,7 +20,8 @@ def evaluate(
         str,
         typer.Option(
             help="In-distribution images: a folder (class subfolders give labels), list file, "
-            "CoOp split, tar shards, or features; [bold]PATH[/] or [bold]NAME=PATH[/]."
+            "CoOp split, tar shards, or features; [bold]PATH[/], [bold]NAME=PATH[/], "
+            "[bold]PATH@SPLIT[/] where a set has several."
         ),
     ],
     ood: Annotated[
@@ -47,7 +48,6 @@ def evaluate(
     pretrained: o.Pretrained = None,
     checkpoint: o.Checkpoint = None,
     allow_pickle: o.AllowPickle = False,
-    split: o.Split = None,
     limit: o.Limit = None,
     tpr: o.Tpr = 0.95,
     aupr: Annotated[str, typer.Option(help="ap (MCM) or trapezoid (OpenOOD, pytorch-ood).")] = "ap",
@@ -81,12 +81,12 @@ def evaluate(
     check_settings(**options)
     methods = inputs.parse_scores(score) if score else None
     folder = OutputFolder(out, overwrite=overwrite)
-    id_set, names = inputs.read_named_set(id, classes, match=class_match, split=split, limit=limit)
-    ood_sets = inputs.read_sets(ood, split=split, limit=limit)
+    id_set, names = inputs.read_named_set(id, classes, match=class_match, limit=limit)
+    ood_sets = inputs.read_sets(ood, limit=limit)
     check_set_names(id_set, ood_sets)
     held = None
     if calibration is not None:
-        held = inputs.read_set(calibration, split=split, limit=limit, whole=True)
+        held = inputs.read_set(calibration, limit=limit)
     request = Request(
         model=model,
         scores=methods,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastood.cli import show
 from fastood.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,39 +32,42 @@ __all__ = [
 
 _FEATURES = (".npz", ".npy", ".safetensors")
 _NAMED = re.compile(r"([^/\\=]+)=(.+)", re.DOTALL)
+_SPLIT = re.compile(r"(.+)@(\w+)", re.DOTALL)
 _LOCAL_LIMIT = 4 << 30
 
 
-def read_set(
-    text: str,
-    *,
-    split: str | None = None,
-    limit: int | None = None,
-    name: str | None = None,
-    whole: bool = False,
-) -> ImageSet | FeatureSet:
-    """``PATH`` or ``NAME=PATH``: images, or features from an npz, npy or safetensors file.
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """``[NAME=]PATH[@SPLIT]`` taken apart; a path that exists as it stands is a path."""
 
-    ``whole`` takes all of a set that has no splits, and says so, where ``split`` is asked for.
-    """
-    given, path = _named(text)
-    name = given or name
-    read = read_features if Path(path).suffix.lower() in _FEATURES else _read_images
-    try:
-        return read(path, name=name, split=split, limit=limit)
-    except DataError as error:
-        if not whole or split is None or not str(error).startswith("split:"):
-            raise
-        if " has no " not in str(error):  # it has splits, and this is none of them
-            raise
-        show.note(f"{path} has no splits; all of it is used")
-        return read(path, name=name, split=None, limit=limit)
+    path: str
+    name: str | None = None
+    split: str | None = None
+
+    @classmethod
+    def of(cls, text: str) -> _Source:
+        if not text.strip():
+            raise ValueError("expected [NAME=]PATH[@SPLIT] for an image set, got nothing")
+        if Path(text).exists():
+            return cls(text)
+        named = _NAMED.fullmatch(text)
+        name, path = (None, text) if named is None else (named[1], named[2])
+        split = None if Path(path).exists() else _SPLIT.fullmatch(path)
+        return cls(path, name) if split is None else cls(split[1], name, split[2])
+
+    @property
+    def is_features(self) -> bool:
+        return Path(self.path).suffix.lower() in _FEATURES
 
 
-def _read_images(path: str, *, name: str | None, split: str | None, limit: int | None) -> ImageSet:
+def read_set(text: str, *, limit: int | None = None) -> ImageSet | FeatureSet:
+    """``[NAME=]PATH[@SPLIT]``: images, or features from an npz, npy or safetensors file."""
+    source = _Source.of(text)
+    if source.is_features:
+        return read_features(source.path, name=source.name, split=source.split, limit=limit)
     from fastood.data import load_images
 
-    return load_images(path, name=name, split=split, limit=limit)
+    return load_images(source.path, name=source.name, split=source.split, limit=limit)
 
 
 def read_features(
@@ -97,35 +99,23 @@ def read_features(
     )
 
 
-def read_sets(
-    texts: Sequence[str], *, split: str | None, limit: int | None
-) -> list[ImageSet | FeatureSet]:
+def read_sets(texts: Sequence[str], *, limit: int | None) -> list[ImageSet | FeatureSet]:
     """OOD sets; a folder recognised as a collection gives every OOD set in it."""
     from fastood.data import load_images, recognise
 
     found: list[ImageSet | FeatureSet] = []
     for text in texts:
-        name, path = _named(text)
-        layout = recognise(path) if name is None else None
+        layout = recognise(text)
         parts = [] if layout is None else [s for s in layout.sets if s.role == "ood"]
         if len(parts) > 1:
             found += [load_images(p.source, name=p.name, split=p.split, limit=limit) for p in parts]
         else:
-            found.append(read_set(text, split=split, limit=limit, whole=True))
+            found.append(read_set(text, limit=limit))
     names = [s.name for s in found]
     double = next((n for n in names if names.count(n) > 1), None)
     if double is not None:
         raise DataError(f"two OOD sets are called {double!r}; name them: --ood NAME=PATH")
     return found
-
-
-def _named(text: str) -> tuple[str | None, str]:
-    if not text.strip():
-        raise ValueError("expected PATH or NAME=PATH for an image set, got nothing")
-    match = _NAMED.fullmatch(text)
-    if match is None or Path(text).exists():
-        return None, text
-    return match[1], match[2]
 
 
 def parse_scores(texts: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -173,7 +163,7 @@ def _value(text: str) -> Any:
 
 
 def read_named_set(
-    text: str, file: str | None, *, match: str, split: str | None, limit: int | None
+    text: str, file: str | None, *, match: str, limit: int | None
 ) -> tuple[ImageSet | FeatureSet, tuple[str, ...] | None]:
     """The ID set and its class names: from a file, paired with the set's folders, or from those.
 
@@ -182,23 +172,28 @@ def read_named_set(
     from fastood.data import load_images
     from fastood.data.prompts import clean_name
 
-    found = read_set(text, split=split, limit=limit)
+    found = read_set(text, limit=limit)
     if file is None:
         names = found.class_names and tuple(clean_name(n) for n in found.class_names)
     else:
         names = read_class_names(file)
         if found.class_names is not None:
             given = _mapping_or_list(file)
-            name, path = _named(text)
-            if Path(path).suffix.lower() in _FEATURES:
+            source = _Source.of(text)
+            if source.is_features:
                 if len(names) != len(found.class_names):
                     raise DataError(
-                        f"{file}: expected {len(found.class_names)} class names as in {path}, got "
-                        f"{len(names)}"
+                        f"{file}: expected {len(found.class_names)} class names as in "
+                        f"{source.path}, got {len(names)}"
                     )
             else:
                 found = load_images(
-                    path, name=name, split=split, limit=limit, class_names=given, match=match
+                    source.path,
+                    name=source.name,
+                    split=source.split,
+                    limit=limit,
+                    class_names=given,
+                    match=match,
                 )
                 names = found.class_names
     if names is not None and found.class_names is not None:

@@ -92,7 +92,6 @@ ScoreNames = Annotated[
         "that fit.",
     ),
 ]
-Split = Annotated[str | None, typer.Option(help="Split to use where a set has several.")]
 Limit = Annotated[
     int | None, typer.Option(min=1, help="At most this many images of each set, evenly spaced.")
 ]

@@ -45,7 +45,6 @@ def calibrate(
     pretrained: o.Pretrained = None,
     checkpoint: o.Checkpoint = None,
     allow_pickle: o.AllowPickle = False,
-    split: o.Split = None,
     limit: o.Limit = None,
     device: o.Device = None,
     dtype: o.Dtype = "float32",
@@ -69,7 +68,7 @@ def calibrate(
     if len(methods) != 1:
         raise ValueError(f"--score: a threshold is for one score, got {', '.join(methods)}")
     OutputFolder(out.parent)
-    images, names = inputs.read_named_set(id, classes, match=class_match, split=split, limit=limit)
+    images, names = inputs.read_named_set(id, classes, match=class_match, limit=limit)
     request = Request(
         model=model,
         scores=methods,
@@ -142,7 +141,6 @@ def score(
     pretrained: o.Pretrained = None,
     checkpoint: o.Checkpoint = None,
     allow_pickle: o.AllowPickle = False,
-    split: o.Split = None,
     limit: o.Limit = None,
     fail_on_ood: Annotated[
         bool, typer.Option("--fail-on-ood", help="Exit with 3 if any image is OOD.")
@@ -174,7 +172,7 @@ def score(
         methods = {decide.score: (decide.score, options)}
         groups = decide.options.get("groups", groups)
     folder = None if out is None else OutputFolder(out)
-    given, names = inputs.read_named_set(images, None, match="name", split=split, limit=limit)
+    given, names = inputs.read_named_set(images, None, match="name", limit=limit)
     if classes is not None:
         names = inputs.read_class_names(classes)
     elif recipe.get("class_names"):

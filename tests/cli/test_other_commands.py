@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -94,10 +92,10 @@ def test_mcm_on_real_clip_features(fastood, data_root, tmp_path, split):
         keys = {k: archive[k] for k in ("features", "labels", "class_names")}
     keys["split"] = np.full(len(keys["labels"]), split)
     np.savez(tmp_path / "imagenet.npz", **keys)
-    ood = [word for name in sets for word in ("--ood", folder / f"{name}.npz")]
+    ood = [word for name in sets for word in ("--ood", f"{folder / name}.npz@{split}")]
     done = fastood(
         "eval", "--model", "none", "-q", "--text-features", tmp_path / "text.npz",
-        "--id", tmp_path / "imagenet.npz", *ood, "--split", split, "--score", "mcm",
+        "--id", f"{tmp_path / 'imagenet.npz'}@{split}", *ood, "--score", "mcm",
         "--bootstrap", 0, "--json", "--out", tmp_path / "out", "--allow-duplicates",
     )  # fmt: skip
     assert done.code == 0
@@ -110,19 +108,24 @@ def test_mcm_on_real_clip_features(fastood, data_root, tmp_path, split):
     assert 100 * done.json["id"]["accuracy"]["value"] == pytest.approx(61.067, abs=5.1e-4)
 
 
-def test_features_of_a_set_that_has_no_splits_are_used_whole(fastood, tmp_path):
+def test_every_set_has_its_own_split(fastood, tmp_path):
     generator = np.random.default_rng(1)
     for name in ("text", "id", "ood"):
-        extra = {"split": np.array(["a"] * 20 + ["b"] * 20)} if name == "id" else {}
+        extra = {"split": np.array(["a"] * 15 + ["b"] * 25)} if name == "id" else {}
         np.savez(tmp_path / f"{name}.npz", features=generator.normal(size=(40, 8)), **extra)
-    words = [
-        "eval", "--model", "none", "-q", "--text-features", tmp_path / "text.npz", "--json",
-        "--id", tmp_path / "id.npz", "--ood", tmp_path / "ood.npz", "--score", "mcm",
-        "--bootstrap", 0, "--out", tmp_path / "out",
-    ]  # fmt: skip
-    done = fastood(*words, "--split", "b")
-    assert done.json["id"]["images"] == 20 and done.json["ood"][0]["images"] == 40
-    assert "has no splits; all of it is used" in done.err
-    assert fastood(*words, "--split", "c").code == 2
-    assert "holds the results of another evaluation" in fastood(*words).error
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["id"]["images"] == 20
+
+    def evaluate(id_set, ood_set):
+        return fastood(
+            "eval", "--model", "none", "-q", "--text-features", tmp_path / "text.npz", "--json",
+            "--id", tmp_path / id_set, "--ood", f"far={tmp_path / ood_set}", "--score", "mcm",
+            "--bootstrap", 0, "--out", tmp_path / "out",
+        )  # fmt: skip
+
+    done = evaluate("id.npz@b", "ood.npz")
+    assert done.json["id"]["images"] == 25 and done.json["ood"][0]["images"] == 40
+    assert done.json["ood"][0]["name"] == "far"
+    assert "'c'" in evaluate("id.npz@c", "ood.npz").error
+    assert "has no 'split' array" in evaluate("id.npz@a", "ood.npz@a").error
+    assert "holds the results of another evaluation" in evaluate("id.npz", "ood.npz").error
+    (tmp_path / "id.npz").rename(tmp_path / "id@b.npz")  # a path that exists is a path
+    assert evaluate("id@b.npz", "ood.npz").error  # another evaluation again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,8 @@ REFUSED = [
     ("--ood x=", "x=: no such file or folder"),
     ("--train missing", "missing: no such file or folder"),
     ("--calibration missing", "missing: no such file or folder"),
-    ("--split val", "split: "),
+    ("--ood x=FAR@val", "split: "),
+    ("--ood FAR@val/x", "no such file or folder"),
     ("--out /dev/null/x", "output folder /dev/null/x: expected a folder that can be written"),
     ("--text-features missing.npz", "missing.npz: no such file"),
     ("--model nope", "no model is called 'nope'"),
@@ -108,7 +110,10 @@ def test_eval_refuses(fastood, base, photos, words, message, tmp_path):
     places = {"ID": photos.id, "FAR": photos.far, "NEAR": photos.near}
     given = words.split()
     for key, place in places.items():
-        given = [w.replace(key, str(place)) if w.split("=")[-1] == key else w for w in given]
+        given = [
+            w.replace(key, str(place)) if re.split("[=@]", w)[-1 - ("@" in w)] == key else w
+            for w in given
+        ]
     if "--class-match" in words:
         given += ["--classes", str(tmp_path / "two.txt")]
     done = fastood(*base, *given)
