@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import io
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,11 @@ from fastood.data.paths import ReadFile, byte_order, is_image_name, path_text, u
 from fastood.errors import DataError
 
 __all__ = ["load_list_file", "load_paths", "load_split_file"]
+
+_LABELLED = re.compile(r"(.*\S)[ \t]+(-?[0-9]+)")
+
+_PATH_HEADS = ("path", "file", "filename", "filepath", "image", "imagepath", "img", "imgpath")
+_LABEL_HEADS = ("label", "labels", "labelid", "class", "classid", "classname", "target")
 
 
 @dataclass(frozen=True)
@@ -35,19 +43,24 @@ def load_list_file(
 ) -> ImageSet:
     """``path label`` lines (OpenOOD) or CSV ``path,label``; the label may be missing.
 
-    Paths are relative to ``root``, or to the folder around the list that holds most of them.
-    Negative labels (OpenOOD's mark for OOD) mean "no label".
+    Paths are relative to ``root``, or to the folder around the list that holds most of them; a
+    list made on Windows may have ``\\`` in them. A CSV with a header may have more columns, if it
+    names these two. Negative labels (OpenOOD's mark for OOD) mean "no label".
     """
     entries = _read_csv(file) if file.suffix.lower() == ".csv" else _read_lines(file)
     if not entries:
         raise DataError(f"{path_text(file)}: expected 'path label' lines, the file has none")
     kind = "CSV list" if file.suffix.lower() == ".csv" else "list file"
+    base, hits = _find_root(entries, file, root)
+    if not hits and all("\\" in e.path for e in entries):
+        entries = [dataclasses.replace(e, path=e.path.replace("\\", "/")) for e in entries]
+        base, _ = _find_root(entries, file, root)
     return _build(
         entries,
         file=file,
         name=name or path_text(file.stem),
         class_names=class_names,
-        base=_find_root(entries, file, root),
+        base=base,
         kind=kind,
         match=match,
     )
@@ -83,7 +96,7 @@ def load_split_file(
         file=file,
         name=name or set_name(file.parent),
         class_names=class_names,
-        base=_find_root(entries, file, root),
+        base=_find_root(entries, file, root)[0],
         kind=f"CoOp split file {path_text(file.name)}, split {chosen}",
         match=match,
     )
@@ -115,13 +128,13 @@ def _read_lines(file: Path) -> list[_Entry]:
     # surrogateescape: a path that is not UTF-8 must come back as the bytes it is on disk
     text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
     entries = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # splitlines would also break names at U+2028 and the like
         line = line.strip()
         if not line:
             continue
-        path, _, last = line.rpartition(" ") if " " in line else line.rpartition("\t")
-        if path and _is_int(last):
-            entries.append(_Entry(path.strip(), _label(int(last))))
+        labelled = _LABELLED.fullmatch(line)
+        if labelled:
+            entries.append(_Entry(labelled[1], _label(int(labelled[2]))))
         else:
             entries.append(_Entry(line, None))
     return entries
@@ -129,18 +142,26 @@ def _read_lines(file: Path) -> list[_Entry]:
 
 def _read_csv(file: Path) -> list[_Entry]:
     text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
-    rows = [row for row in csv.reader(text.splitlines()) if row and row[0].strip()]
-    if rows and not is_image_name(rows[0][0].strip()) and "/" not in rows[0][0]:
-        rows = rows[1:]  # a header: its first cell is no path
+    try:
+        rows = [
+            row for row in csv.reader(io.StringIO(text, newline="")) if any(map(str.strip, row))
+        ]
+    except csv.Error as error:
+        raise DataError(f"{path_text(file)}: expected CSV 'path,label'; {error}") from error
+    where = (0, 1)
+    if rows and not any(is_image_name(cell.strip()) for cell in rows[0]) and "/" not in rows[0][0]:
+        where = _columns(rows.pop(0), path_text(file))
     entries = []
     for row in rows:
-        label = row[1].strip() if len(row) > 1 else ""
+        path, label = (row[i].strip() if i < len(row) else "" for i in where)
+        if not path:
+            continue
         if not label:
-            entries.append(_Entry(row[0].strip(), None))
+            entries.append(_Entry(path, None))
         elif _is_int(label):
-            entries.append(_Entry(row[0].strip(), _label(int(label))))
+            entries.append(_Entry(path, _label(int(label))))
         else:
-            entries.append(_Entry(row[0].strip(), None, label))
+            entries.append(_Entry(path, None, label))
     named = sorted({e.class_name for e in entries if e.class_name is not None}, key=byte_order)
     if not named:
         return entries
@@ -156,6 +177,28 @@ def _read_csv(file: Path) -> list[_Entry]:
     ]
 
 
+def _columns(header: Sequence[str], where: str) -> tuple[int, int]:
+    """Which columns hold path and label; of three or more, a guess would be a wrong label."""
+    heads = [re.sub(r"[^a-z]", "", cell.lower()) for cell in header]
+    path = next((i for i, head in enumerate(heads) if head in _PATH_HEADS), None)
+    label = next((i for i, head in enumerate(heads) if head in _LABEL_HEADS), None)
+    if len(heads) <= 2 and (path in (0, None)) and (label in (1, None)):
+        return 0, 1
+    if path is None or label is None:
+        raise DataError(
+            f"{where}: expected columns called 'path' and 'label', got "
+            f"{', '.join(path_text(cell) for cell in header)}"
+        )
+    return path, label
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
+
+
 def _is_int(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
 
@@ -164,26 +207,30 @@ def _label(value: int) -> int | None:
     return value if value >= 0 else None
 
 
-def _find_root(entries: Sequence[_Entry], file: Path, root: Path | None) -> Path:
-    """The folder the paths are relative to: the one under which most of a sample exists."""
+def _find_root(entries: Sequence[_Entry], file: Path, root: Path | None) -> tuple[Path, int]:
+    """The folder the paths are relative to: the one under which most of a sample exists.
+
+    Returns:
+        The folder, and how many of the sample exist under it.
+    """
+    step = max(1, len(entries) // 50)
+    sample = [e.path for e in entries[::step]]
     if root is not None:
         if not root.is_dir():
             raise DataError(f"root: expected a folder, got {path_text(root)}")
-        return root
+        return root, sum(_is_file(root / path) for path in sample)
     folder = file.absolute().parent
     around = [folder, *list(folder.parents)[:4]]
     known = ("images", "jpg", "data", "images_classic", "images_largescale")
     candidates = [*around, *(a / k for a in around for k in known)]
     candidates += sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: p.name)[:200]
-    step = max(1, len(entries) // 50)
-    sample = [e.path for e in entries[::step]]
     best, hits = folder, 0
     for candidate in candidates:
         if candidate.is_dir():
-            n = sum((candidate / path).is_file() for path in sample)
+            n = sum(_is_file(candidate / path) for path in sample)
             if n > hits:
                 best, hits = candidate, n
-    return best
+    return best, hits
 
 
 def _build(
@@ -210,7 +257,7 @@ def _build(
     ordered = sorted(unique.values(), key=lambda e: byte_order(e.path))
     labels, names = _labels(ordered, class_names, match, where)
     files = [base / e.path for e in ordered]
-    missing = [e.path for e, f in zip(ordered, files, strict=True) if not f.is_file()]
+    missing = [e.path for e, f in zip(ordered, files, strict=True) if not _is_file(f)]
     if len(missing) == len(ordered):
         raise DataError(
             f"{where}: none of its {len(ordered)} images exists under {path_text(base)} (first: "

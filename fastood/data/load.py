@@ -66,6 +66,8 @@ def load_images(
     elif is_hub_dataset(source):
         images = load_hub_dataset(source, split=split, **options)
     elif isinstance(source, (str, os.PathLike)):
+        if not os.fspath(source):  # Path("") is the working folder: an unset variable in a script
+            raise DataError("source: expected a path, got an empty text")
         images = _from_path(Path(source).expanduser(), split, base, match, options)
     elif isinstance(source, Sequence) and all(isinstance(p, (str, os.PathLike)) for p in source):
         images = load_paths(source, **options)

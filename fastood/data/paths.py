@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,12 +120,12 @@ def walk(root: Path) -> Walk:
                 for entry in entries:
                     if is_hidden(entry.name):
                         continue
-                    if entry.is_dir():
+                    if _holds(entry.is_dir):
                         stack.append(((*parts, entry.name), above | {here}))
-                    elif is_image_name(entry.name) and (entry.is_file() or entry.is_symlink()):
+                    elif is_image_name(entry.name) and (entry.is_symlink() or entry.is_file()):
                         # A dangling link is kept: it is reported as unreadable, not forgotten.
                         found.images.append((*parts, entry.name))
-                    elif entry.is_file():
+                    elif _holds(entry.is_file):
                         found.others[Path(entry.name).suffix.lower()] += 1
         except OSError as error:
             raise DataError(
@@ -133,6 +134,16 @@ def walk(root: Path) -> Walk:
     found.images.sort(key=_parts_order)
     found.folders.sort(key=_parts_order)
     return found
+
+
+def _holds(check: Callable[[], bool]) -> bool:
+    """``entry.is_dir`` and the like; a link to itself leads nowhere, as one without a target."""
+    try:
+        return check()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _parts_order(parts: Sequence[str]) -> bytes:

@@ -67,6 +67,18 @@ def test_links(tmp_path: Path) -> None:
     assert paths(load_images(tmp_path / "set")) == ["b.png", "gone.png", "linked/a.png"]
 
 
+def test_link_to_itself_does_not_stop_the_rest(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.png")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "a" / "self.png").symlink_to("self.png")
+    assert [item.path for item in load_images(tmp_path)] == ["a/1.png", "a/self.png"]
+
+
+def test_empty_source_is_not_the_working_folder() -> None:
+    with pytest.raises(DataError, match="expected a path, got an empty text"):
+        load_images("")
+
+
 def test_pipe_named_like_an_image_is_not_opened(tmp_path: Path) -> None:
     put(tmp_path, "a.png")
     os.mkfifo(tmp_path / "b.png")

@@ -106,6 +106,60 @@ def test_csv(tmp_path: Path) -> None:
         load_images(file)
 
 
+def test_list_separated_by_tabs_with_blanks_in_the_names(tmp_path: Path) -> None:
+    put(tmp_path, "a b.png", "c d/e.png", "f\u2028g.png")
+    file = tmp_path / "list.txt"
+    file.write_text("a b.png\t0\nc d/e.png \t 1\nf\u2028g.png 2\n", encoding="utf-8")
+    images = load_images(file)
+    assert found(images) == [("a b.png", 0), ("c d/e.png", 1), ("f\u2028g.png", 2)]
+    assert "missing" not in images.layout
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_list_made_on_windows(tmp_path: Path, root: bool) -> None:
+    put(tmp_path / "pics", "cat/a b.png", "dog/c.png")
+    file = tmp_path / "list.txt"
+    file.write_bytes(b"\xef\xbb\xbfcat\\a b.png 0\r\ndog\\c.png 1\r\n")
+    images = load_images(file, root=tmp_path / "pics" if root else None)
+    assert found(images) == [("cat/a b.png", 0), ("dog/c.png", 1)]
+    images.items[0].read()
+
+
+def test_list_line_longer_than_a_name_can_be(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    (tmp_path / "list.txt").write_text(f"a.png 0\n{'x' * 300}.png 1\n")
+    assert "1 missing file" in load_images(tmp_path / "list.txt").layout
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "filename,width,label\na.png,20,dog\nb.png,30,cat\n",
+        "label,width,image_path\ndog,20,a.png\ncat,30,b.png\n",
+        "class,path\ndog,a.png\ncat,b.png\n",
+        "where,what\na.png,dog\nb.png,cat\n",
+        ",path,label\n0,a.png,dog\n1,b.png,cat\n",
+    ],
+)
+def test_csv_columns_are_found_by_name(tmp_path: Path, text: str) -> None:
+    put(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text(text)
+    images = load_images(tmp_path / "list.csv")
+    assert images.class_names == ("cat", "dog")
+    assert found(images) == [("a.png", 1), ("b.png", 0)]
+
+
+def test_csv_columns_are_not_guessed(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    file = tmp_path / "list.csv"
+    file.write_text("path,width,species\na.png,20,3\n")
+    with pytest.raises(DataError, match="called 'path' and 'label', got path, width, species"):
+        load_images(file)
+    file.write_text('"' + "a" * 200_000 + '",1\n')
+    with pytest.raises(DataError, match=r"expected CSV 'path,label'; field larger"):
+        load_images(file)
+
+
 def coop(folder: Path, images: str = "images") -> Path:
     put(folder / images, "x/1.png", "y/2.png", "y/3.png")
     file = folder / "split_zhou_DescribableTextures.json"
