@@ -7,16 +7,14 @@ it does not protect against somebody who recomputes it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import secrets
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fastood.atomic import replacing
 from fastood.calibration.threshold import Threshold
 from fastood.errors import DataError
 
@@ -92,19 +90,10 @@ def write(threshold: Threshold, path: Path) -> Path:
     content = {"kind": _KIND, "schema": _SCHEMA, **to_dict(threshold)}
     content["digest"] = _digest(content)
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    # Beside the target, since a rename is atomic only within a file system.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        if not isinstance(error, OSError):
-            raise
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
         raise DataError(f"cannot write threshold {path}: {error.strerror or error}") from error
     return path
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastood.atomic import write_text
 from fastood.errors import DataError
-from fastood.report._write import write_text
 
 __all__ = ["OutputFolder", "read_results"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from fastood.atomic import replacing
 from fastood.errors import DataError
 from fastood.pipeline.core import ScoredSet
 from fastood.pipeline.output import OutputFolder
-from fastood.report._write import replacing
 
 __all__ = ["Screening"]
 

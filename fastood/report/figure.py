@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastood.report._write import replacing
+from fastood.atomic import replacing
 from fastood.report.curves import histogram, roc_points
 from fastood.report.metricview import MetricView
 from fastood.report.table import ScoreTable

@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fastood.atomic import write_text
 from fastood.report import context
-from fastood.report._write import write_text
 from fastood.report.metricview import MetricView, percent
 from fastood.report.table import ScoreTable
 from fastood.report.thumbs import OpenImage

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastood.atomic import replacing
 from fastood.errors import DataError
-from fastood.report._write import replacing
 
 if TYPE_CHECKING:
     import pyarrow
