@@ -228,9 +228,9 @@ def test_places_that_cannot_be_used(threshold, tmp_path):
     with pytest.raises(DataError, match=r"expected a file that can be written.*No such file"):
         threshold.save(tmp_path / "none" / "t.json")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot write threshold"):
+    with pytest.raises(DataError, match="expected a file that can be written"):
         threshold.save(tmp_path / "file" / "t.json")
-    with pytest.raises(DataError, match="cannot write threshold"):
+    with pytest.raises(DataError, match="expected a file that can be written"):
         threshold.save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
