@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastood._version import __version__
 from fastood.cli import options as o
 from fastood.cli import show
 
@@ -17,7 +18,7 @@ __all__ = ["cache_app", "info", "models"]
 cache_app = typer.Typer(no_args_is_help=True, help="The feature cache.")
 
 _PACKAGES = (
-    "fastood", "torch", "triton", "open_clip_torch", "transformers", "timm", "safetensors",
+    "torch", "triton", "open_clip_torch", "transformers", "timm", "safetensors",
     "numpy", "pillow",
 )  # fmt: skip
 
@@ -46,7 +47,7 @@ def models(
     out = show.console()
     out.print(table)
     out.print(
-        f"{len(found)} models. Also: a local checkpoint (--checkpoint), hf-hub:org/name, "
+        f"{len(found)} model{'s' * (len(found) != 1)}. Also: a local checkpoint (--checkpoint), hf-hub:org/name, "
         "hf:org/name or hf:folder, timm:name."
     )
 
@@ -55,7 +56,7 @@ def info(json: o.Json = False) -> None:
     """Versions, device, and which kernels are active."""
     import torch
 
-    versions = {}
+    versions = {"fastood": __version__}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
