@@ -47,7 +47,7 @@ def models(
     out = show.console()
     out.print(table)
     out.print(
-        f"{len(found)} model{'s' * (len(found) != 1)}. Also: a local checkpoint (--checkpoint), hf-hub:org/name, "
+        f"models listed: {len(found)}. Also: a local checkpoint (--checkpoint), hf-hub:org/name, "
         "hf:org/name or hf:folder, timm:name."
     )
 
