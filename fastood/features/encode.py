@@ -73,8 +73,8 @@ def encode_images(
         strict: fail on the first chunk with an unreadable image instead of skipping it.
         workers: threads that read, decode and preprocess; default: one per CPU, at most 8.
         progress: called with (images done, images in total, set name).
-        verify: read and hash every file again and check stored local features too, instead of
-            trusting path, size and times.
+        verify: read and hash every file again instead of trusting path, size and times, and
+            check stored local features by digest instead of by sum.
         local_dtype: precision in which local features are returned, with or without a cache:
             ``"float16"`` (10 GB for 50,000 images of ViT-B/16), ``"bfloat16"``, ``"float32"``.
 

@@ -162,8 +162,9 @@ def test_damaged_chunk_is_computed_again(
     assert run(encoder, tmp_path / "set", cache).encoded == 0
 
 
-def test_flipped_local_bits_are_found_when_verifying(
-    tmp_path: Path, encoder: ToyEncoder, cache: FeatureCache
+@pytest.mark.parametrize("verify", [False, True])
+def test_flipped_local_bits_are_found(
+    tmp_path: Path, encoder: ToyEncoder, cache: FeatureCache, verify: bool
 ) -> None:
     write_images(tmp_path / "set", 2)
     run(encoder, tmp_path / "set", cache, local=True)
@@ -172,7 +173,7 @@ def test_flipped_local_bits_are_found_when_verifying(
     data[-40] ^= 1  # safetensors puts float32 before float16 before bool
     file.write_bytes(bytes(data))
     with pytest.warns(RuntimeWarning, match="local features do not match"):
-        assert run(encoder, tmp_path / "set", cache, local=True, verify=True).encoded == 2
+        assert run(encoder, tmp_path / "set", cache, local=True, verify=verify).encoded == 2
 
 
 def test_stored_features_are_mapped_not_read(
