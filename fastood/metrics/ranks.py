@@ -18,7 +18,10 @@ __all__ = ["aupr", "auroc", "autc", "fpr", "fpr95", "roc"]
 
 def check_tpr(tpr: float) -> float:
     """A recall in (0, 1] as a Python float."""
-    value = float(tpr)
+    try:
+        value = math.nan if isinstance(tpr, str | bool) else float(tpr)
+    except (TypeError, ValueError):
+        value = math.nan
     if not 0.0 < value <= 1.0:
         hint = "; is it in percent?" if 1.0 < value <= 100.0 else ""
         raise ValueError(f"tpr: expected a fraction in (0, 1], got {tpr!r}{hint}")

@@ -18,7 +18,7 @@ from fastood.pipeline.heads import build_head
 from fastood.pipeline.methods import Fits, split_fit_options
 from fastood.scores.bank import ClassBank, Head
 from fastood.scores.many import similarity_blocks
-from fastood.scores.registry import Methods, default_methods, resolve
+from fastood.scores.registry import Methods, default_methods, entries, resolve
 from fastood.scores.result import ScoreKey, Scores
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Pipeline:
         if class_names is not None and isinstance(class_names, str):
             raise TypeError(f"class_names: expected a list of names, got the text {class_names!r}")
         asked, fit_options = split_fit_options(methods)
-        check_training(_entries(methods), train)
+        check_training(entries(methods), train)
         check_labels(asked)
         has_negatives = negatives is not None or getattr(head, "negatives", None) is not None
         self._check_needs(asked, has_negatives, train, has_local)
@@ -391,13 +391,6 @@ class Pipeline:
         if -1 in index or len(own) < len(ours):
             return None
         return np.where(labels < 0, -1, np.asarray(index, dtype=np.int64)[np.maximum(labels, 0)])
-
-
-def _entries(methods: Methods) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Name and options by label, options of fits included."""
-    if isinstance(methods, Mapping):
-        return {k: (e, {}) if isinstance(e, str) else e for k, e in methods.items()}
-    return {name: (name, {}) for name in ([methods] if isinstance(methods, str) else methods)}
 
 
 def _given(train: ImageSet | FeatureSet | None) -> ImageSet | FeatureSet:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastood.errors import DataError
 from fastood.features.featureset import FeatureSet
 from fastood.scores.fitted import fit_knn, fit_mahalanobis
-from fastood.scores.registry import SCORES, Methods
+from fastood.scores.registry import SCORES, Methods, entries
 
 __all__ = ["Fits", "split_fit_options"]
 
@@ -23,19 +23,10 @@ _FIT_OPTIONS = {"mahalanobis": ("normalize", "eps", "shrinkage"), "knn": ()}
 
 def split_fit_options(methods: Methods) -> tuple[Asked, dict[str, dict[str, Any]]]:
     """``{label: (name, options)}`` and, of the fitted scores, the options of their fit."""
-    asked: Asked = {}
+    asked: Asked = {
+        label: (name, dict(options)) for label, (name, options) in entries(methods).items()
+    }
     fitting: dict[str, dict[str, Any]] = {}
-    if isinstance(methods, str):
-        methods = [methods]
-    if isinstance(methods, Mapping):
-        for label, entry in methods.items():
-            name, options = (entry, {}) if isinstance(entry, str) else entry
-            asked[label] = (name, dict(options))
-    else:
-        for name in methods:
-            if name in asked:
-                raise ValueError(f"methods: {name!r} is asked for twice")
-            asked[name] = (name, {})
     for label, (name, options) in asked.items():
         if name in _FIT_OPTIONS and options.get("fit") is None:
             takes = [*_FIT_OPTIONS[name], *(k for k in SCORES[name].options if k != "fit")]

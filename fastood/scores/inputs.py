@@ -34,8 +34,9 @@ def working(x: Tensor) -> Tensor:
 def _must_check(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
-    # reading a flag back from a GPU waits for it, so there it is done on request only
-    return not x.is_cuda or os.environ.get("FASTOOD_CHECK") == "1"
+    # reading a flag back from a GPU waits for it, so there it is done on request only; a tensor
+    # without values has nothing to read
+    return x.is_cpu or (not x.is_meta and os.environ.get("FASTOOD_CHECK") == "1")
 
 
 def _rows(bad: Tensor) -> str:
@@ -87,6 +88,8 @@ def check_tau(tau: Any) -> float:
 
 def check_scalar(name: str, value: Any) -> float:
     try:
+        if isinstance(value, str | bool):  # float() would read both
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected a finite number, got {value!r}") from None

@@ -37,8 +37,8 @@ def score(
         image: (B, D) features.
         text: (K, D) class features, a ``ClassBank``, or any head with ``similarities(features,
             local=None)`` (adapted models).
-        methods: names (``["mcm", "energy"]``) or ``{label: (name, options)}``, so that one score
-            can be asked at several temperatures.
+        methods: names (``["mcm", "energy"]``), ``{label: (name, options)}``, so that one score
+            can be asked at several temperatures, or a list of both.
         local: (B, P, D) patch features for ``l_mcm`` and ``gl_mcm``.
         negatives: (M, D) features of negative labels for ``neg_label`` (or in the ClassBank), with
             ``groups``, ``seed`` and ``remainder`` as in ``ClassBank``.

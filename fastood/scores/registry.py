@@ -24,10 +24,11 @@ from fastood.scores.row import (
     variance,
 )
 
-__all__ = ["SCORES", "Methods", "ScoreSpec", "default_methods", "resolve"]
+__all__ = ["SCORES", "Methods", "ScoreSpec", "default_methods", "entries", "resolve"]
 
-Methods = Sequence[str] | Mapping[str, tuple[str, Mapping[str, Any]] | str]
-"""Names, or ``{label: (name, options)}`` to ask one score several times."""
+Labelled = Mapping[str, tuple[str, Mapping[str, Any]] | str]
+Methods = Sequence[str | Labelled] | Labelled
+"""Names, or ``{label: (name, options)}`` to ask one score several times, or both in one list."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def resolve(
     """Labels with their score and complete options, checked before any work starts.
 
     Args:
-        methods: names or ``{label: (name, options)}``.
+        methods: names, ``{label: (name, options)}``, or a list of both.
         logit_scale: γ of the model; where the field ties tau to it, an option left open becomes
             1/γ. None keeps the functional default 0.01.
         local, negatives: whether those are at hand; None skips the check.
@@ -207,28 +208,16 @@ def resolve(
         ValueError: on an unknown score (names the nearest), an unknown option, a score whose needs
             are not met, a repeated label, or none at all.
     """
-    asked: list[tuple[str, str, Mapping[str, Any]]] = []
-    if isinstance(methods, str):
-        methods = [methods]
-    if isinstance(methods, Mapping):
-        for label, entry in methods.items():
-            name, options = (entry, {}) if isinstance(entry, str) else entry
-            asked.append((label, name, options))
-    else:
-        asked = [(name, name, {}) for name in methods]
+    asked = entries(methods)
     if not asked:
         raise ValueError(f"methods: expected at least one of {', '.join(SCORES)}")
     resolved: dict[str, tuple[ScoreSpec, dict[str, Any]]] = {}
-    for label, name, options in asked:
+    for label, (name, options) in asked.items():
         spec = SCORES.get(name)
         if spec is None:
             near = difflib.get_close_matches(str(name), SCORES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(SCORES)}"
             raise ValueError(f"methods: unknown score {name!r}{hint}")
-        if label in resolved:
-            raise ValueError(
-                f"methods: {label!r} is asked for twice; use {{label: (name, options)}}"
-            )
         unknown = set(options) - set(spec.options)
         if unknown:
             raise ValueError(
@@ -242,6 +231,36 @@ def resolve(
         _check_options(spec, full, local=local, negatives=negatives, classes=classes)
         resolved[label] = (spec, full)
     return resolved
+
+
+def entries(methods: Methods) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """What was asked as ``{label: (name, options)}``, in order; only its form is checked.
+
+    Raises:
+        ValueError: on an entry that is neither a name nor ``{label: (name, options)}``, or a label
+            asked for twice.
+    """
+    asked: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for item in [methods] if isinstance(methods, str | Mapping) else methods:
+        if isinstance(item, str):
+            item = {item: item}
+        elif not isinstance(item, Mapping):
+            raise _malformed(item)
+        for label, entry in item.items():
+            match (entry, {}) if isinstance(entry, str) else entry:
+                case (str() as name, Mapping() as options):
+                    if label in asked:
+                        raise ValueError(
+                            f"methods: {label!r} is asked for twice; use {{label: (name, options)}}"
+                        )
+                    asked[label] = name, options
+                case _:
+                    raise _malformed(entry)
+    return asked
+
+
+def _malformed(entry: object) -> ValueError:
+    return ValueError(f"methods: expected names or {{label: (name, options)}}, got {entry!r}")
 
 
 def _check_options(

@@ -61,4 +61,7 @@ class Scores:
 
     def toward(self, higher: Orientation) -> np.ndarray:
         """The values, negated if needed so that larger means ``higher``."""
-        return self.values if higher == self.higher else -self.values
+        if higher == self.higher:
+            return self.values
+        # unsigned integers would wrap around
+        return -(self.values.astype(np.float64) if self.values.dtype.kind == "u" else self.values)

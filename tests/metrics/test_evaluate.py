@@ -167,6 +167,9 @@ def test_bad_scores(bad, error, message):
     ("options", "error"),
     [
         ({"tpr": 95}, ValueError),
+        ({"tpr": "high"}, ValueError),
+        ({"tpr": None}, ValueError),
+        ({"tpr": True}, ValueError),
         ({"aupr": "step"}, ValueError),
         ({"intervals": "all"}, ValueError),
         ({"confidence": 95}, ValueError),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +58,37 @@ def test_one_score_at_several_temperatures_and_the_models_own():
     assert torch.equal(out["a"], fastood.msp(image, text, tau=0.5))
     assert torch.equal(out["b"], fastood.msp(image, text, tau=0.02))
     assert torch.equal(out["c"], fastood.mcm(image, text, tau=1.0))
+
+
+def test_names_and_labelled_entries_mix_in_one_list():
+    image, text, _ = clip_like(8, 5)
+    out = fastood.score(
+        image, text, methods=["mcm", {"hot": ("mcm", {"tau": 2.0}), "c": "msp"}, "energy"]
+    )
+    assert list(out) == ["mcm", "hot", "c", "energy"]
+    assert torch.equal(out["hot"], fastood.mcm(image, text, tau=2.0))
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [("mcm", {"tau": 1.0})],
+        {"a": ("mcm",)},
+        {"a": None},
+        {"a": ("mcm", 0.5)},
+        [3],
+    ],
+)
+def test_an_entry_of_another_form_is_named(methods):
+    image, text, _ = clip_like(3, 5)
+    with pytest.raises(ValueError, match=r"expected names or \{label: \(name, options\)\}, got"):
+        fastood.score(image, text, methods=methods)
+
+
+def test_a_label_is_given_once_however_it_is_asked():
+    image, text, _ = clip_like(3, 5)
+    with pytest.raises(ValueError, match="'mcm' is asked for twice"):
+        fastood.score(image, text, methods=["mcm", {"mcm": ("mcm", {"tau": 0.5})}])
 
 
 def test_an_adapted_model_needs_similarities_only():
@@ -116,3 +148,9 @@ def test_defaults_leave_out_what_cannot_be_computed():
     assert "gl_mcm" not in default_methods(local=False, classes=5)
     assert "margin" not in default_methods(local=False, classes=1)
     resolve(default_methods(local=True, classes=5), local=True, negatives=False, classes=5)
+
+
+def test_unsigned_scores_turn_without_wrapping():
+    scores = fastood.Scores(np.array([1, 200], dtype=np.uint8), higher="ood")
+    assert scores.toward("id").tolist() == [-1.0, -200.0]
+    assert scores.toward("ood").tolist() == [1, 200]

@@ -228,6 +228,9 @@ IMAGE, TEXT, _ = clip_like(4, 6, 8)
             "tau: expected a finite number, got nan",
         ),
         (lambda: fastood.mcm(IMAGE, TEXT, tau="warm"), "tau: expected a finite number, got 'warm'"),
+        (lambda: fastood.mcm(IMAGE, TEXT, tau="0.1"), "tau: expected a finite number, got '0.1'"),
+        (lambda: fastood.mcm(IMAGE, TEXT, tau=True), "tau: expected a finite number, got True"),
+        (lambda: fastood.mcm(IMAGE, TEXT.to("meta")), "text: expected on cpu like image, got meta"),
         (
             lambda: fastood.mcm(IMAGE.int(), TEXT),
             "image: expected a floating-point tensor, got torch.int32",
@@ -313,3 +316,10 @@ def test_top_classes_come_in_order_of_value_then_index(c):
     for row, found in zip(tied.tolist(), index.tolist(), strict=True):
         assert found == sorted(range(20), key=lambda k: (-row[k], k))[:c]
     assert torch.equal(values, tied.gather(1, index))
+
+
+def test_shapes_without_values():
+    image, text = IMAGE.to("meta"), TEXT.to("meta")
+    for out in (fastood.mcm(image, text), fastood.delta_energy(image, text, c=2)):
+        assert out.is_meta
+        assert out.shape == IMAGE.shape[:1]
