@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from fastood.cli import inputs, show
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from fastood.pipeline import Pipeline
 
 __all__ = ["Request"]
+
+_WEIGHTS = ("pretrained", "checkpoint", "device", "dtype", "allow_pickle")
+_ENCODING = ("batch_size", "workers", "strict", "verify")
 
 
 @dataclass
@@ -36,6 +39,17 @@ class Request:
     no_cache: bool = False
     encoding: Mapping[str, Any] = field(default_factory=dict)
     quiet: bool = False
+
+    @classmethod
+    def of(cls, typed: Mapping[str, Any], **decided: Any) -> Request:
+        """From all parameters of a command by name; ``decided`` goes before what was typed."""
+        given = {**typed, **decided}
+        known = {f.name for f in fields(cls)} - {"weights", "encoding"}
+        return cls(
+            **{name: value for name, value in given.items() if name in known},
+            weights={name: given[name] for name in _WEIGHTS},
+            encoding={name: given[name] for name in _ENCODING},
+        )
 
     @contextmanager
     def pipeline(self, sets: Sequence[ImageSet | FeatureSet]) -> Iterator[Pipeline]:

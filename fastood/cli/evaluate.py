@@ -16,6 +16,7 @@ __all__ = ["demo", "evaluate", "report"]
 
 
 def evaluate(
+    typed: typer.Context,
     id: Annotated[
         str,
         typer.Option(
@@ -87,33 +88,11 @@ def evaluate(
     held = None
     if calibration is not None:
         held = inputs.read_set(calibration, limit=limit)
-    request = Request(
-        model=model,
+    request = Request.of(
+        typed.params,
         scores=methods,
         class_names=names,
         named=classes is not None,
-        templates=templates,
-        text_features=text_features,
-        allow_duplicates=allow_duplicates,
-        negatives=negatives,
-        groups=groups,
-        train=train,
-        weights={
-            "pretrained": pretrained,
-            "checkpoint": checkpoint,
-            "device": device,
-            "dtype": dtype,
-            "allow_pickle": allow_pickle,
-        },
-        cache=cache,
-        no_cache=no_cache,
-        encoding={
-            "batch_size": batch_size,
-            "workers": workers,
-            "strict": strict,
-            "verify": verify,
-        },
-        quiet=quiet,
     )
     sets = [id_set, *ood_sets, *([] if held is None else [held])]
     with request.pipeline(sets) as pipeline:

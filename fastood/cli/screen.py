@@ -22,6 +22,7 @@ __all__ = ["calibrate", "score"]
 
 
 def calibrate(
+    typed: typer.Context,
     id: Annotated[
         str,
         typer.Option(help="In-distribution images that were used for nothing else."),
@@ -69,33 +70,11 @@ def calibrate(
         raise ValueError(f"--score: a threshold is for one score, got {', '.join(methods)}")
     OutputFolder(out.parent)
     images, names = inputs.read_named_set(id, classes, match=class_match, limit=limit)
-    request = Request(
-        model=model,
+    request = Request.of(
+        typed.params,
         scores=methods,
         class_names=names,
         named=classes is not None,
-        templates=templates,
-        text_features=text_features,
-        allow_duplicates=allow_duplicates,
-        negatives=negatives,
-        groups=groups,
-        train=train,
-        weights={
-            "pretrained": pretrained,
-            "checkpoint": checkpoint,
-            "device": device,
-            "dtype": dtype,
-            "allow_pickle": allow_pickle,
-        },
-        cache=cache,
-        no_cache=no_cache,
-        encoding={
-            "batch_size": batch_size,
-            "workers": workers,
-            "strict": strict,
-            "verify": verify,
-        },
-        quiet=quiet,
     )
     with request.pipeline([images]) as pipeline:
         found = pipeline.calibrate(images, tpr=tpr)
@@ -113,6 +92,7 @@ def calibrate(
 
 
 def score(
+    typed: typer.Context,
     images: Annotated[
         str, typer.Argument(help="Folder, list, tar shards or features, as for eval --id.")
     ],
@@ -185,33 +165,16 @@ def score(
     if model is None:
         features = text_features is not None or ("model" in recipe and recipe["model"] is None)
         model = recipe.get("model") or ("none" if features else "ViT-B-16/openai")
-    request = Request(
+    request = Request.of(
+        typed.params,
         model=model,
         scores=methods,
         class_names=names,
         named=classes is not None,
         templates=templates or recipe.get("templates") or None,
-        text_features=text_features,
         allow_duplicates=allow_duplicates,
-        negatives=negatives,
         groups=groups,
-        train=train,
-        weights={
-            "pretrained": pretrained,
-            "checkpoint": checkpoint or recipe.get("checkpoint"),
-            "device": device,
-            "dtype": dtype,
-            "allow_pickle": allow_pickle,
-        },
-        cache=cache,
-        no_cache=no_cache,
-        encoding={
-            "batch_size": batch_size,
-            "workers": workers,
-            "strict": strict,
-            "verify": verify,
-        },
-        quiet=quiet,
+        checkpoint=checkpoint or recipe.get("checkpoint"),
     )
     with request.pipeline([given]) as pipeline:
         if decide is not None:

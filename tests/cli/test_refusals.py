@@ -126,7 +126,7 @@ def test_eval_refuses(fastood, base, photos, words, message, tmp_path):
     [
         (["eval"], "Missing option '--id'"),
         (["eval", "--id", "x"], "Missing option '--ood'"),
-        (["eval", "--id", "", "--ood", "x"], "expected PATH or NAME=PATH for an image set"),
+        (["eval", "--id", "", "--ood", "x"], "for an image set, got nothing"),
         (["eval", "--nope"], "No such option: --nope"),
         (["nonsense"], "No such command 'nonsense'"),
         (["score"], "Missing argument"),
