@@ -156,6 +156,7 @@ def _index(path: Path, others: Counter[str]) -> list[_Member]:
                     files[name] = _ReadMember(source, info.offset_data, info.size)
                 elif info.islnk() and info.linkname.removeprefix("./") in files:
                     files[name] = files[info.linkname.removeprefix("./")]
+            _check_end(archive)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path_text(path)}: not a complete tar archive: {error}; was the download cut short?"
@@ -177,6 +178,13 @@ def _index(path: Path, others: Counter[str]) -> list[_Member]:
         elif not samples:
             others[Path(name).suffix.lower()] += 1
     return list(images.values())
+
+
+def _check_end(archive: Any) -> None:
+    """tarfile takes a header it cannot read for the end, and whatever follows would be lost."""
+    archive.fileobj.seek(archive.offset)
+    if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"no header at byte {archive.offset}")
 
 
 def _sample(name: str) -> str:

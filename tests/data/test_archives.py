@@ -79,6 +79,22 @@ def test_class_folders_in_a_tar(tmp_path: Path, suffix: str) -> None:
         load_images(file)
 
 
+@pytest.mark.parametrize("damage", ["cut in a header", "header overwritten"])
+def test_shard_whose_end_is_lost_is_not_a_smaller_set(tmp_path: Path, damage: str) -> None:
+    file = shard(tmp_path / "a.tar", {f"{i}.png": picture(i) for i in range(9)})
+    data = file.read_bytes()
+    with tarfile.open(file) as archive:
+        header = archive.getmembers()[5].offset
+    if damage == "cut in a header":
+        file.write_bytes(data[: header + 300])
+    else:
+        file.write_bytes(data[:header] + b"\xff" * 512 + data[header + 512 :])
+    with pytest.raises(DataError, match=f"not a complete tar archive: no header at byte {header}"):
+        load_images(file)
+    file.write_bytes(data[:header])  # without the closing zeros, which some writers leave out
+    assert len(load_images(file)) == 5
+
+
 def test_damaged_shards(tmp_path: Path) -> None:
     file = shard(tmp_path / "a.tar", {f"{i}.png": picture(i) * 40 for i in range(9)})
     data = file.read_bytes()
