@@ -46,7 +46,8 @@ class Detector(Configured):
         logit_scale: γ of the model; where the field ties tau to the model, tau defaults to 1/γ.
             Default: the head's or the encoder's own; 0.01 if neither tells.
         prompts: digest of class names, templates and negatives, for ``key``; known already if
-            ``head`` comes from ``encode_classes``.
+            ``head`` comes from ``encode_classes``. Default for bare class features: a digest of
+            the features themselves.
         fingerprint: of the model, for ``key``; default: the encoder's own.
         **options: of the score (``tau``, ``c``, ``weight``, ``k``, ...) and of its fit
             (``normalize``, ``eps``, ``shrinkage``).

@@ -65,7 +65,8 @@ def cosines(
             z, t = z.double(), t.double()
         s = matmul_classes(unit_rows(z), unit_rows(t)) if normalize else matmul_classes(z, t)
     if s.shape[-1] == 0:
-        raise ValueError(f"text: expected at least one class, got K = 0 (shape {tuple(s.shape)})")
+        name = "text" if similarity is None else "similarity"
+        raise ValueError(f"{name}: expected at least one class, got K = 0 (shape {tuple(s.shape)})")
     return s
 
 
@@ -299,8 +300,8 @@ def delta_energy(
         *From the paper* (arXiv 2510.11296; abstract and overview figure): the largest similarities
         are cropped to zero, the top c at inference, each on its own, and the changes are summed; a
         larger change means closed-set data. *Inferred here*: the exact equations, no factor tau
-        before the energies, sum rather than mean, and the defaults of tau and c. fastood does not
-        claim to reproduce the paper's numbers.
+        before the energies, sum rather than mean, and the defaults of tau and c (unverified).
+        fastood does not claim to reproduce the paper's numbers.
 
         With c = 1 this is -log(1 - p(1) + exp(reset/tau)/Z): it ranks like the largest softmax
         probability *at the same tau*. A gain of c = 1 over MCM (tau = 1) is a gain of temperature;

@@ -61,3 +61,27 @@ def test_keys_and_scores_agree(model, score, make):
     assert detector.is_ood(x, threshold).sum() == threshold.is_ood(scored).sum() > 0
     with pytest.raises(ValueError, match="prompts"):
         make(model, encode_classes(model, NAMES, templates=TEMPLATES[:1])).is_ood(x, threshold)
+
+
+def test_bare_class_features_stand_for_their_prompts():
+    z = text()[:3] + 0.1
+    threshold = fastood.calibrate(detectors.MCM(None, text()).scores(z), tpr=0.5)
+    assert detectors.MCM(None, text().clone()).is_ood(z, threshold).any()
+    for other in (text() + 1, text().flip(0), text()[:-1]):
+        with pytest.raises(ValueError, match="prompts"):
+            detectors.MCM(None, other).is_ood(z, threshold)
+    bank = fastood.calibrate(detectors.MCM(None, fastood.ClassBank(text())).scores(z), tpr=0.5)
+    with pytest.raises(ValueError, match="prompts"):
+        detectors.MCM(None, fastood.ClassBank(text() + 1)).is_ood(z, bank)
+
+
+def test_negatives_and_their_groups_are_part_of_the_prompts(model):
+    negatives = torch.randn(12, D, generator=torch.Generator().manual_seed(7))
+    for classes in (text(), encode_classes(model, NAMES, templates=TEMPLATES)):
+
+        def key(negatives, groups=3, seed=0, classes=classes):
+            return detectors.NegLabel(None, classes, negatives, groups=groups, seed=seed).key
+
+        assert key(negatives) == key(negatives.clone())
+        for other in (key(negatives + 1), key(negatives, 2), key(negatives, 3, 1)):
+            assert other.prompts != key(negatives).prompts
