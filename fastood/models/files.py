@@ -19,6 +19,7 @@ __all__ = [
     "check_readable_format",
     "hub_file",
     "load_strict",
+    "no_network",
     "read_state_dict",
     "unavailable",
 ]
@@ -74,7 +75,7 @@ def hub_file(repo: str, names: Iterable[str], *, cache_dir: str | None = None) -
         ) from error
     if found is not None:
         return found
-    reason = _no_network()
+    reason = no_network()
     if reason is not None:
         raise unavailable(repo, reason)
     last: Exception | None = None
@@ -90,7 +91,7 @@ def hub_file(repo: str, names: Iterable[str], *, cache_dir: str | None = None) -
     raise unavailable(repo, f"it holds none of {', '.join(names)}") from last
 
 
-def _no_network() -> str | None:
+def no_network() -> str | None:
     """Why the Hub cannot be reached, found in milliseconds instead of its client's 20 s of retries.
 
     Behind a proxy names need not resolve here, so the client is left to try.

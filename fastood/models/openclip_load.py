@@ -298,6 +298,8 @@ def _tokenizer(
                 mode = text.get("tokenizer_mode")
                 if mode:
                     options["tokenizer_mode"] = mode
+                if files.no_network() is not None:  # its client would retry for 20 s
+                    options["local_files_only"] = True
                 return kinds.HFTokenizer(
                     folder, context_length=context, cache_dir=cache_dir, **options
                 )

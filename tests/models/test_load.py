@@ -153,6 +153,26 @@ def test_unknown_names_offer_close_ones(name, close):
         load_model(name)
 
 
+@pytest.mark.parametrize("reason", [None, "no route"])
+def test_tokenizer_does_not_retry_without_a_network(monkeypatch, reason) -> None:
+    from open_clip import tokenizer as kinds
+
+    asked = []
+
+    def fail(name, **options):
+        asked.append(options.get("local_files_only", False))
+        raise OSError("not here")
+
+    monkeypatch.setattr(files, "no_network", lambda: reason)
+    monkeypatch.setattr(kinds, "HFTokenizer", fail)
+    with (
+        pytest.warns(UserWarning, match="untrained"),
+        pytest.raises(WeightsUnavailable, match="tokenizer timm/ViT-B-16-SigLIP"),
+    ):
+        load_model("ViT-B-16-SigLIP", pretrained="random", device="cpu")
+    assert asked == [reason is not None]
+
+
 def test_unreachable_weights_list_what_works_offline(tmp_path, monkeypatch):
     with pytest.raises(WeightsUnavailable) as caught:
         load("ViT-B-16/openai")
@@ -166,7 +186,7 @@ def test_unreachable_weights_list_what_works_offline(tmp_path, monkeypatch):
     (cached / "refs" / "main").write_text("abc")
     (cached / "snapshots" / "abc").mkdir(parents=True)
     (cached / "snapshots" / "abc" / "open_clip_model.safetensors").write_bytes(b"")
-    monkeypatch.setattr(files, "_no_network", lambda: "no route")
+    monkeypatch.setattr(files, "no_network", lambda: "no route")
     with pytest.raises(WeightsUnavailable, match=r"no route.*local cache .*ViT-B-32/openai"):
         load("ViT-B-16/openai", cache_dir=None)
 
