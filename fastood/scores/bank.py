@@ -134,7 +134,7 @@ class ClassBank:
         sn = None
         if self.negatives is not None:
             flat = self.negatives.flatten(0, 1).to(z.dtype)
-            sn = (z @ flat.mT).unflatten(-1, self.negatives.shape[:2])
+            sn = matmul_classes(z, flat).unflatten(-1, self.negatives.shape[:2])
             if self._padding is not None:
                 sn = sn.masked_fill(self._padding, -math.inf)
         return Similarities(matmul_classes(z, self.text.to(z.dtype)), sl, sn)

@@ -18,6 +18,7 @@ from fastood.scores.inputs import (
     check_features,
     check_scalar,
     check_width,
+    matmul_classes,
     unit_rows,
     working,
 )
@@ -194,7 +195,7 @@ def knn(image: Tensor, bank: NeighbourBank, *, k: int = 50) -> Tensor:
     known = bank.features.to(z.dtype)
     step = max(1, _BLOCK // n)
     index = [
-        (z[i : i + step].detach() @ known.mT).topk(k, dim=-1).indices[:, -1]
+        matmul_classes(z[i : i + step].detach(), known).topk(k, dim=-1).indices[:, -1]
         for i in range(0, len(z), step)
     ]
     if not index:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -139,9 +140,20 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def matmul_classes(x: Tensor, text: Tensor) -> Tensor:
-    """Inner products of ``x (B, D)`` or ``(B, P, D)`` with ``text (K, D)`` or ``(B, K, D)``."""
-    if text.ndim == 2:
-        return x @ text.mT
-    if x.ndim == 2:
-        return torch.einsum("bd,bkd->bk", x, text)
-    return torch.einsum("bpd,bkd->bpk", x, text)
+    """Inner products of ``x (B, D)`` or ``(B, P, D)`` with ``text (K, D)`` or ``(B, K, D)``.
+
+    In the precision of the inputs: autocast, usual around encoders, would leave a few bfloat16
+    values of thousands.
+    """
+    with _as_given(x.device.type):
+        if text.ndim == 2:
+            return x @ text.mT
+        if x.ndim == 2:
+            return torch.einsum("bd,bkd->bk", x, text)
+        return torch.einsum("bpd,bkd->bpk", x, text)
+
+
+def _as_given(device: str) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -47,6 +47,22 @@ def test_every_registered_score_equals_its_function(rows):
         torch.testing.assert_close(values, want, rtol=2e-5, atol=1e-7)
 
 
+def test_autocast_around_the_scores_changes_nothing():
+    image, text, local, negatives, methods = everything()
+    options = {"methods": methods, "local": local, "negatives": negatives, "groups": 3}
+    want = fastood.score(image, text, **options)
+    per_image = text.expand(len(image), -1, -1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (image @ text.mT).dtype == torch.bfloat16  # else this test shows nothing
+        got = fastood.score(image, text, **options)
+        assert torch.equal(fastood.mcm(image, text), want["mcm"])
+        torch.testing.assert_close(fastood.mcm(image, per_image), want["mcm"])
+        torch.testing.assert_close(fastood.l_mcm(local, per_image), want["l_mcm"])
+        loss = fastood.ebm_loss(image, text, torch.zeros(len(image), dtype=torch.int64))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert loss == fastood.ebm_loss(image, text, torch.zeros(len(image), dtype=torch.int64))
+
+
 def test_one_score_at_several_temperatures_and_the_models_own():
     image, text, _ = clip_like(8, 5)
     out = fastood.score(
