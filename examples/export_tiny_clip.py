@@ -159,7 +159,7 @@ def card(training: dict[str, Any], rows: list[dict[str, Any]], scale: float) -> 
         "ID": ", ".join(ID_CLASSES),
         "SPLIT_SEED": str(SPLIT_SEED),
         **{key.upper(): str(arguments[key]) for key in ("lr", "muon_lr", "weight_decay", "seed")},
-        "BATCH": str(arguments["batch"]),
+        "BATCH": str(round(training["images"] / training["steps"])),
         "SMOOTHING": str(arguments["smoothing"]),
         "DROPOUT": f"{100 * arguments['patch_dropout']:.0f} %",
         "FULL_FROM": f"{100 * (1 - arguments['full_from']):.0f} %",
@@ -182,9 +182,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     training = write(args.run, args.out)
     rows = measure(args.out, args.data)
-    training["arguments"] = {
-        k: v for k, v in training["arguments"].items() if k not in ("data", "run")
-    }
     dump(args.out / "metrics.json", {"prompt": "a photo of a {}", "held_out": rows, **training})
     scale = math.exp(float(load_tiny(args.out)[0].state_dict()["logit_scale"]))
     (args.out / "MODEL_CARD.md").write_text(card(training, rows, scale), encoding="utf-8")
