@@ -110,7 +110,10 @@ def score(
     model: Annotated[
         str | None, typer.Option(help="As for eval. Default: the threshold's, or ViT-B-16/openai.")
     ] = None,
-    score: o.ScoreNames = None,
+    score: Annotated[
+        list[str] | None,
+        typer.Option("--score", help="As for eval. Default: the threshold's, or mcm."),
+    ] = None,
     classes: o.Classes = None,
     templates: o.Templates = None,
     text_features: o.TextFeatures = None,
@@ -151,6 +154,8 @@ def score(
         options = {k: v for k, v in decide.options.items() if k not in ("fit", "groups")}
         methods = {decide.score: (decide.score, options)}
         groups = decide.options.get("groups", groups)
+    if methods is None:
+        methods = {"mcm": ("mcm", {})}
     folder = None if out is None else OutputFolder(out)
     given, names = inputs.read_named_set(images, None, match="name", limit=limit)
     if classes is not None:

@@ -86,6 +86,11 @@ class Configured(PytorchOODMember):
         model = self._fingerprint
         if model is None and isinstance(self.encoder, Encoder):
             model = self.encoder.fingerprint
+        elif model is None and (network := module_of(self.encoder)) is not None:
+            # two networks must not share a threshold because neither was given a name
+            from fastood.models.fingerprint import weights_digest
+
+            model = weights_digest(network.state_dict(), {"type": type(network).__qualname__})
         parts = [part for part in (model, getattr(self.head, "fingerprint", None)) if part]
         return ScoreKey(self.score, options, "+".join(parts) or None, self.prompts)
 

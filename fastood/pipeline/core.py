@@ -174,7 +174,7 @@ class Pipeline:
                 spec.name,
                 {**options, **self._fit_digests.get(label, {}), **self._grouping(spec.needs)},
                 self.model_fingerprint,
-                self.digest,
+                None if spec.needs == "fit" else self.digest,  # they look at features alone
             )
             for label, (spec, options) in self._methods.items()
         }

@@ -57,7 +57,7 @@ class ClassBank:
             permutation is drawn once and kept in ``permutation``. None keeps their order.
         remainder: ``"drop"`` leaves out the M mod G last negatives, as the authors' code does;
             ``"spread"`` gives the first M mod G groups one more.
-        normalize: False if the rows already have unit norm.
+        normalize: False if the rows, and the features to come, already have unit norm.
 
     Attributes:
         text: (K, D), unit rows, float32 (float64 if given so).
@@ -117,6 +117,18 @@ class ClassBank:
         if self._padding is not None:
             moved._padding = self._padding.to(moved.text.device)
         return moved
+
+    def as_is(self) -> ClassBank:
+        """The same bank, taking features as they come: what ``normalize=False`` means with it."""
+        bank = object.__new__(ClassBank)
+        bank.__dict__.update(self.__dict__)
+        bank.normalize = False
+        return bank
+
+    def to_classes(self, features: Tensor) -> Tensor:
+        """(B, K): the cosines of ``features (B, D)`` with the classes alone."""
+        z = _rows_of("image", features, (2,), "(B, D)", self.text, self.normalize)
+        return matmul_classes(z, self.text.to(z.dtype))
 
     def similarities(self, features: Tensor, local: Tensor | None = None) -> Similarities:
         """Cosines of ``features (B, D)`` and ``local (B, P, D)`` with classes and negatives.

@@ -51,7 +51,7 @@ def neg_label(
             raise ValueError(
                 "negatives: the ClassBank decides; give them to ClassBank(...) instead"
             )
-        bank = text
+        bank = text if normalize else text.as_is()
     elif negatives is None:
         raise ValueError("negatives: expected (M, D) features of negative labels, got None")
     else:

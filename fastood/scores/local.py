@@ -62,7 +62,7 @@ def l_mcm(
         raise ValueError("expected local and text, or similarity=; one of them is missing")
     zl = check_features("local", local, (3,), "(B, P, D)")
     if isinstance(text, ClassBank):
-        t, normalize, text_ready = text.text, text.normalize, True
+        t, normalize, text_ready = text.text, normalize and text.normalize, True
     else:
         t, text_ready = check_features("text", text, (2, 3), "(K, D) or (B, K, D)"), False
     check_width(zl, t, ("local", "text"))

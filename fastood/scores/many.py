@@ -74,6 +74,8 @@ def score(
     elif negatives is not None:
         raise ValueError("negatives: the head decides; give them to ClassBank(...) instead")
     check_head(text)
+    if isinstance(text, ClassBank) and not normalize:
+        text = text.as_is()
     bank = text if isinstance(text, ClassBank) else None
     resolved = resolve(
         methods,

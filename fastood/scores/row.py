@@ -55,7 +55,7 @@ def cosines(
     elif image is None or text is None:
         raise ValueError("expected image and text, or similarity=; one of them is missing")
     elif isinstance(text, ClassBank):
-        s = text.similarities(image).image
+        s = (text if normalize else text.as_is()).to_classes(image)
     else:
         z = check_features("image", image, (2,), "(B, D)")
         t = check_features("text", text, (2, 3), "(K, D) or (B, K, D)")

@@ -178,7 +178,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def _features(image: Tensor, text: Tensor | ClassBank, normalize: bool) -> tuple[Tensor, Tensor]:
     z = check_features("image", image, (2,), "(B, D)")
     if isinstance(text, ClassBank):
-        t, ready = text.text, text.normalize
+        t, ready, normalize = text.text, True, normalize and text.normalize
     else:
         t, ready = check_features("text", text, (2, 3), "(K, D) or (B, K, D)"), False
     check_width(z, t)

@@ -323,3 +323,21 @@ def test_shapes_without_values():
     for out in (fastood.mcm(image, text), fastood.delta_energy(image, text, c=2)):
         assert out.is_meta
         assert out.shape == IMAGE.shape[:1]
+
+
+def test_unnormalised_features_are_taken_as_they_are_with_a_bank_too():
+    image, text, _ = clip_like(5, 7, 16)
+    unit = torch.nn.functional.normalize(text, dim=-1)
+    bank = ClassBank(text)
+    want = fastood.mcm(image, unit, normalize=False)
+    torch.testing.assert_close(fastood.mcm(image, bank, normalize=False), want)
+    many = fastood.score(image, bank, methods=["mcm"], normalize=False)["mcm"]
+    torch.testing.assert_close(many, want)
+    local = fastood.l_mcm(image[:, None], bank, normalize=False)
+    torch.testing.assert_close(local, fastood.l_mcm(image[:, None], unit, normalize=False))
+    labels = torch.arange(5)
+    torch.testing.assert_close(
+        fastood.ebm_loss(image, bank, labels, normalize=False),
+        fastood.ebm_loss(image, unit, labels, normalize=False),
+    )
+    assert not torch.equal(want, fastood.mcm(image, bank))
