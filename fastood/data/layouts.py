@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def recognise(root: str | Path) -> Layout | None:
     folder = Path(root).expanduser()
     if not folder.is_dir():
         return None
-    for rule in (_openood, _setar, _mcm, _imagenet_ood, _coop_root, _coop_set):
+    for rule in (_openood, _setar, _mcm, _locoop, _imagenet_ood, _coop_root, _coop_set):
         try:
             layout = rule(folder)
         except OSError:  # a folder that cannot be listed is nothing we know
@@ -149,6 +150,16 @@ def _coop_parts(folder: Path, name: str) -> tuple[list[SubSet], list[str]]:
         return [], [*missing, f"{name}/{split_file}"]
     sets = [SubSet(name, folder / split_file, s) for s in ("train", "val", "test")]
     return (sets, missing) if not missing else ([], missing)
+
+
+def _locoop(folder: Path) -> Layout | None:
+    """CoOp's ``imagenet`` with the OOD sets beside it."""
+    inner = _imagenet_ood(folder)
+    if inner is None or not (folder / "imagenet").is_dir():
+        return None
+    sets, missing = _coop_parts(folder, "imagenet")
+    own = [dataclasses.replace(s, role="id") for s in sets]
+    return _layout("LoCoOp data sets", [*own, *inner.sets], [*missing, *inner.missing])
 
 
 def _coop_root(folder: Path) -> Layout | None:

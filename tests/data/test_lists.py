@@ -221,6 +221,14 @@ def test_mcm_and_locoop_layouts(tmp_path: Path) -> None:
     assert flat is not None
     assert flat.name == "LoCoOp OOD sets"
     assert flat.missing == ("iNaturalist", "Places")
+    put(tmp_path / "flat", "imagenet/images/val/n01440764/1.png")
+    (tmp_path / "flat/imagenet/classnames.txt").write_text("n01440764 tench\n")
+    both = recognise(tmp_path / "flat")
+    assert both is not None
+    assert [(s.name, s.split, s.role) for s in both.sets] == [
+        ("imagenet", "val", "id"), ("SUN", None, "ood"), ("Texture", None, "ood"),
+    ]  # fmt: skip
+    assert both.missing == ("imagenet/images/train", "iNaturalist", "Places")
 
 
 def test_coop_layout(tmp_path: Path) -> None:
