@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["load_features"]
 
+_MAGIC = {".npz": b"PK", ".npy": b"\x93NUMPY"}
+
 _BLOCK = 4096  # rows per chunk: large enough for BLAS, small enough to stay in cache with K=1000
 
 
@@ -111,10 +113,15 @@ def _read(file: Path, where: str) -> dict[str, Any]:
     try:
         if suffix == ".safetensors":
             return _read_safetensors(file)
+        with file.open("rb") as raw:  # numpy would take anything else for a pickle
+            if not raw.read(8).startswith(_MAGIC[suffix]):
+                raise DataError(f"{where}: not a {suffix} file; is it damaged, or another format?")
         if suffix == ".npy":
             return {"features": np.load(file, allow_pickle=False)}
         with np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
+    except DataError:
+        raise
     except ValueError as error:
         if "pickle" in str(error).lower():
             raise DataError(
