@@ -14,6 +14,8 @@ from fastood.errors import DataError
 
 __all__ = ["OutputFolder", "read_results"]
 
+_FILE_SUFFIXES = (".csv", ".html", ".json", ".parquet")
+
 
 class OutputFolder:
     """A folder that can be written, found out now rather than after an hour of encoding.
@@ -24,11 +26,16 @@ class OutputFolder:
             always may.
 
     Raises:
-        DataError: if the folder cannot be created or written.
+        DataError: if the folder cannot be created or written, or is named like a file.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path, self.overwrite = Path(path).expanduser(), overwrite
+        if self.path.suffix.lower() in _FILE_SUFFIXES and not self.path.exists():
+            raise DataError(
+                f"output folder {self.path}: expected a folder, which the files are written into, "
+                f"got a name that ends in {self.path.suffix}"
+            )
         above = [self.path, *self.path.absolute().parents]
         missing = [folder for folder in above if not folder.exists()]
         self.make()

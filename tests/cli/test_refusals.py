@@ -96,6 +96,7 @@ REFUSED = [
     ("--calibration missing", "missing: no such file or folder"),
     ("--ood x=FAR@val", "split: "),
     ("--ood FAR@val/x", "no such file or folder"),
+    ("--out s.CSV", "output folder s.CSV: expected a folder, which the files are written into"),
     ("--out /dev/null/x", "output folder /dev/null/x: expected a folder that can be written"),
     ("--text-features missing.npz", "missing.npz: no such file"),
     ("--model nope", "no model is called 'nope'"),
