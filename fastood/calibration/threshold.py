@@ -162,15 +162,16 @@ class Threshold:
         """Which images are out of distribution: S < t, or S > t if higher means OOD.
 
         Args:
-            scores: ``Scores``, or an array, tensor or sequence read in the orientation of this
-                threshold. ``Scores`` must be of the same score, options, model, prompts and
+            scores: ``Scores``, or an array, tensor, sequence or one number, read in the orientation
+                of this threshold. ``Scores`` must be of the same score, options, model, prompts and
                 orientation. Bare numbers say none of that: they are taken if the threshold was
                 itself calibrated on bare numbers, and otherwise only with ``trust=True``.
             trust: take the caller's word for what cannot be checked (bare numbers, a model or
                 prompt set that only one side names). A known difference is refused even so.
 
         Returns:
-            (n,) numpy bool, also for tensors; compared in float64. Empty for no scores.
+            (n,) numpy bool, also for tensors; compared in float64. Empty for no scores, (1,) for
+            one number.
 
         Raises:
             TypeError: for things that are not scores.
@@ -182,6 +183,10 @@ class Threshold:
             [True, False, False]
         """
         self._check_origin(scores, trust)
+        if getattr(scores, "ndim", None) == 0:
+            scores = scores.reshape(1)
+        elif isinstance(scores, (int, float)):
+            scores = [scores]
         found = values(scores, allow_empty=True).astype(np.float64, copy=False)
         return found < self.threshold if self.higher == "id" else found > self.threshold
 

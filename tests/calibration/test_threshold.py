@@ -81,6 +81,11 @@ def test_a_threshold_from_bare_numbers_takes_bare_numbers():
         found.is_ood(Scores(NEW, "ood"))
 
 
+@pytest.mark.parametrize("one", [8, 1.5, np.float32(1.5), np.array(1.5), torch.tensor(1.5)])
+def test_one_number_is_one_decision(one):
+    assert calibrate(np.arange(40.0) + 2).is_ood(one).tolist() == [float(one) < 2]
+
+
 def test_comparison_does_not_round_the_threshold():
     third = 1 / 3  # float32(third) is larger, so not below; rounding the threshold would tie
     found = calibrate(np.array([third] + [1.0 + i for i in range(19)]))
