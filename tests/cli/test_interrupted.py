@@ -41,8 +41,10 @@ def chunks(cache: Path) -> int:
 def stopped(words: list[str], cache: Path, sign: int) -> tuple[int, str]:
     """Start the command, send the signal once some chunks are there; code and stderr."""
     # a pause at every batch, so that the signal reliably falls in the middle of the encoding
+    # (and a test suite started in the background would hand down an ignored SIGINT)
     slow = (
-        "import sys, time; from fastood.models.openclip import OpenClipEncoder as E; "
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from fastood.models.openclip import OpenClipEncoder as E; "
         "real = E.encode_image; "
         "E.encode_image = lambda *a, **k: (time.sleep(0.03), real(*a, **k))[1]; "
         "from fastood.cli import main; main(sys.argv[1:])"
