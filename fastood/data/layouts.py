@@ -157,7 +157,7 @@ def _locoop(folder: Path) -> Layout | None:
     inner = _imagenet_ood(folder)
     if inner is None or not (folder / "imagenet").is_dir():
         return None
-    sets, missing = _coop_parts(folder, "imagenet")
+    sets, missing = _coop_parts(folder / "imagenet", "imagenet")
     own = [dataclasses.replace(s, role="id") for s in sets]
     return _layout("LoCoOp data sets", [*own, *inner.sets], [*missing, *inner.missing])
 
