@@ -13,19 +13,13 @@ a ``fastood.features.FeatureSet``), with the text features as a ``ClassBank``.
 Importing this module imports none of open_clip, transformers and timm.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fastood.models.base import Encoder, ImageFeatures, TextSupport
-    from fastood.models.catalogue import ModelInfo, list_models
-    from fastood.models.custom import CallableEncoder
-    from fastood.models.hf import HFEncoder
-    from fastood.models.load import load_model
-    from fastood.models.openclip import OpenClipEncoder
-    from fastood.models.timm_classifier import TimmEncoder
+from fastood.models.base import Encoder, ImageFeatures, TextSupport
+from fastood.models.catalogue import ModelInfo, list_models
+from fastood.models.custom import CallableEncoder
+from fastood.models.hf import HFEncoder
+from fastood.models.load import load_model
+from fastood.models.openclip import OpenClipEncoder
+from fastood.models.timm_classifier import TimmEncoder
 
 __all__ = [
     "CallableEncoder",
@@ -39,26 +33,3 @@ __all__ = [
     "list_models",
     "load_model",
 ]
-
-_HOME = {
-    "CallableEncoder": "custom",
-    "Encoder": "base",
-    "HFEncoder": "hf",
-    "ImageFeatures": "base",
-    "ModelInfo": "catalogue",
-    "OpenClipEncoder": "openclip",
-    "TextSupport": "base",
-    "TimmEncoder": "timm_classifier",
-    "list_models": "catalogue",
-    "load_model": "load",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -6,12 +6,15 @@ import csv
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
 
 from fastood.errors import DataError
-from fastood.scores.result import Orientation, Scores
+
+if TYPE_CHECKING:
+    from fastood.scores.result import Orientation, Scores
 
 __all__ = ["openood_npz", "setar_csv"]
 
@@ -26,6 +29,8 @@ def setar_csv(path: str | os.PathLike[str], *, higher: Orientation = "ood") -> d
     Raises:
         DataError: no such file, no rows, or something that is not a number.
     """
+    from fastood.scores.result import Scores  # its package imports torch, which tables do without
+
     file = Path(path)
     try:
         with file.open(newline="", encoding="utf-8") as handle:
@@ -55,6 +60,8 @@ def openood_npz(path: str | os.PathLike[str]) -> dict[str, Scores]:
     Raises:
         DataError: not an npz file with two equally long arrays of those names.
     """
+    from fastood.scores.result import Scores
+
     file = Path(path)
     try:
         with np.load(file, allow_pickle=False) as archive:

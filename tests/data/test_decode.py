@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -131,3 +133,9 @@ def test_reasons(data: bytes, reason: str) -> None:
     with pytest.raises(DataError, match=reason) as caught:
         decode(data)
     assert "\n" not in str(caught.value)
+
+
+def test_the_function_is_not_hidden_by_its_module():
+    code = "import fastood.data.decode; from fastood.data import decode; print(callable(decode))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
