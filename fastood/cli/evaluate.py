@@ -10,7 +10,7 @@ import typer
 
 from fastood.cli import inputs, show
 from fastood.cli import options as o
-from fastood.cli.build import Request
+from fastood.cli.request import Request
 
 __all__ = ["demo", "evaluate", "report"]
 

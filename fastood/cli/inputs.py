@@ -1,4 +1,4 @@
-"""From the words of a command to sets, scores, class names and a pipeline."""
+"""From the words of a command to sets, scores, class names, a model and a cache."""
 
 from __future__ import annotations
 

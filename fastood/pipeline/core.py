@@ -15,8 +15,9 @@ from fastood.errors import ModelError
 from fastood.features.featureset import FeatureSet
 from fastood.pipeline.checks import check_labels, check_set, check_training
 from fastood.pipeline.heads import build_head
-from fastood.pipeline.methods import Fits, split_fit_options
+from fastood.pipeline.methods import Fits, check_methods, split_fit_options
 from fastood.scores.bank import ClassBank, Head
+from fastood.scores.fitted import FIT_OPTIONS
 from fastood.scores.many import similarity_blocks
 from fastood.scores.registry import Methods, default_methods, entries, resolve
 from fastood.scores.result import ScoreKey, Scores
@@ -99,6 +100,8 @@ class Pipeline:
         verify: bool = False,
         progress: Progress | None = None,
     ) -> None:
+        if isinstance(class_names, str):
+            raise TypeError(f"class_names: expected a list of names, got the text {class_names!r}")
         self.encoder, self.cache, self.progress = encoder, cache, progress
         self._encode_options: dict[str, Any] = {
             "batch_size": batch_size,
@@ -115,8 +118,6 @@ class Pipeline:
         has_local = encoder is not None and encoder.no_local is None
         if methods is None:
             methods = default_methods(local=has_local, classes=len(self._names or ("", "")))
-        if class_names is not None and isinstance(class_names, str):
-            raise TypeError(f"class_names: expected a list of names, got the text {class_names!r}")
         asked, fit_options = split_fit_options(methods)
         check_training(entries(methods), train)
         check_labels(asked)
@@ -192,7 +193,7 @@ class Pipeline:
 
     # -- the way from images to scores -------------------------------------------------------
 
-    def encode(self, images: ImageSet | FeatureSet, *, local: bool | None = None) -> FeatureSet:
+    def encode(self, images: ImageSet | FeatureSet, *, local: bool = False) -> FeatureSet:
         """Features of a set: computed, mapped from the cache, or returned as given."""
         if isinstance(images, FeatureSet):
             return images
@@ -203,7 +204,7 @@ class Pipeline:
         return encode_images(
             self.encoder,
             images,
-            local=False if local is None else local,
+            local=local,
             cache=self.cache,
             progress=self.progress,
             **self._encode_options,
@@ -338,14 +339,10 @@ class Pipeline:
         has_local: bool,
     ) -> None:
         """Refuse what cannot work before a single prompt is encoded."""
-        given = train is not None
-        probe = {
-            label: (name, {"fit": "given", **options} if name in Fits.SCORES and given else options)
-            for label, (name, options) in asked.items()
-        }
         try:
-            resolve(
-                probe,
+            check_methods(
+                asked,
+                trained=train is not None,
                 logit_scale=self.logit_scale,
                 local=has_local if self.encoder is not None else None,
                 negatives=negatives,
@@ -366,7 +363,7 @@ class Pipeline:
         names = {name for name, _ in asked.values()}
         if negatives is not None and "neg_label" not in names:
             self.warnings.append("negatives: given, but no score asked for uses them (neg_label)")
-        if train is not None and not names & set(Fits.SCORES):
+        if train is not None and not names & set(FIT_OPTIONS):
             self.warnings.append(
                 "train: given, but no score asked for is fitted (mahalanobis, knn)"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,14 +10,18 @@ from torch import Tensor
 
 from fastood.errors import DataError
 from fastood.features.featureset import FeatureSet
-from fastood.scores.fitted import fit_knn, fit_mahalanobis
-from fastood.scores.registry import SCORES, Methods, entries
+from fastood.scores.fitted import (
+    FIT_OPTIONS,
+    GaussianBank,
+    NeighbourBank,
+    fit_knn,
+    fit_mahalanobis,
+)
+from fastood.scores.registry import SCORES, Methods, entries, resolve
 
-__all__ = ["Fits", "split_fit_options"]
+__all__ = ["Fits", "check_methods", "split_fit_options"]
 
 Asked = dict[str, tuple[str, dict[str, Any]]]
-
-_FIT_OPTIONS = {"mahalanobis": ("normalize", "eps", "shrinkage"), "knn": ()}
 
 
 def split_fit_options(methods: Methods) -> tuple[Asked, dict[str, dict[str, Any]]]:
@@ -28,16 +31,38 @@ def split_fit_options(methods: Methods) -> tuple[Asked, dict[str, dict[str, Any]
     }
     fitting: dict[str, dict[str, Any]] = {}
     for label, (name, options) in asked.items():
-        if name in _FIT_OPTIONS and options.get("fit") is None:
-            takes = [*_FIT_OPTIONS[name], *(k for k in SCORES[name].options if k != "fit")]
+        if name in FIT_OPTIONS and options.get("fit") is None:
+            takes = [*FIT_OPTIONS[name], *(k for k in SCORES[name].options if k != "fit")]
             unknown = [k for k in options if k not in (*takes, "fit")]
             if unknown:
                 raise ValueError(
                     f"{name}: unknown option {', '.join(map(repr, unknown))}; it takes "
                     f"{', '.join(takes)}"
                 )
-            fitting[label] = {k: options.pop(k) for k in _FIT_OPTIONS[name] if k in options}
+            fitting[label] = {k: options.pop(k) for k in FIT_OPTIONS[name] if k in options}
     return asked, fitting
+
+
+def check_methods(methods: Methods, *, trained: bool, **known: Any) -> None:
+    """Refuse scores, options and unmet needs before any work; what is fitted is fitted later.
+
+    Args:
+        trained: whether there is something to fit to.
+        known: what is known already, as for ``resolve``: ``classes``, ``local``, ...
+
+    Raises:
+        ValueError: as ``resolve`` and ``split_fit_options``.
+    """
+    resolve(
+        {
+            label: (
+                name,
+                {"fit": "later", **options} if trained and name in FIT_OPTIONS else options,
+            )
+            for label, (name, options) in split_fit_options(methods)[0].items()
+        },
+        **known,
+    )
 
 
 class Fits:
@@ -46,8 +71,6 @@ class Fits:
     Attributes:
         digests: label to ``{"fit": digest}`` (and the options of the fit), for score keys.
     """
-
-    SCORES = tuple(_FIT_OPTIONS)
 
     def __init__(
         self, options: Mapping[str, Mapping[str, Any]], features: Callable[[], FeatureSet]
@@ -65,16 +88,14 @@ class Fits:
                 continue
             if self._features is None:
                 self._features = self._get()
-            bank: Any
+            bank: GaussianBank | NeighbourBank
             if name == "knn":
                 bank = fit_knn(self._features.image())
-                digest = _digest(bank.features)
             else:
                 bank = fit_mahalanobis(
                     self._features.image(), self._labels(), **self._options[label]
                 )
-                digest = _digest(bank.means, bank.whiten)
-            self.digests[label] = {**self._options[label], "fit": digest}
+            self.digests[label] = {**self._options[label], "fit": bank.digest}
             filled[label] = (name, {**options, "fit": bank})
         return filled
 
@@ -84,10 +105,3 @@ class Fits:
             name = "the training set" if features is None else features.name
             raise DataError(f"{name}: mahalanobis needs a class for every training image")
         return torch.from_numpy(features.labels)
-
-
-def _digest(*tensors: Tensor) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()

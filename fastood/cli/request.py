@@ -58,21 +58,16 @@ class Request:
         ``sets`` are those about to be scored: they decide whether patch scores are affordable.
         """
         from fastood.pipeline import Pipeline
-        from fastood.scores.registry import default_methods, resolve
+        from fastood.pipeline.methods import check_methods
+        from fastood.scores.fitted import FIT_OPTIONS
+        from fastood.scores.registry import default_methods
 
         if self.scores is not None:
-            resolve(  # names and options; what needs the model is checked by the pipeline
-                {
-                    k: (
-                        n,
-                        {**o, "fit": o.get("fit", "later")} if n in ("knn", "mahalanobis") else o,
-                    )
-                    for k, (n, o) in _without_fit_options(self.scores).items()
-                },
-                classes=None if self.class_names is None else len(self.class_names),
-            )
+            # what needs the model is checked by the pipeline
+            classes = None if self.class_names is None else len(self.class_names)
+            check_methods(self.scores, trained=True, classes=classes)
             asked = {name for name, _ in self.scores.values()}
-            fitted = sorted(asked & {"knn", "mahalanobis"})
+            fitted = sorted(asked & set(FIT_OPTIONS))
             if fitted and self.train is None:
                 raise ValueError(
                     f"--score {fitted[0]}: expected training images that it is fitted to, got "
@@ -124,7 +119,7 @@ class Request:
             classes = len(names) if names else 2 if text is None else len(text)
             methods = default_methods(local=local, classes=classes)
             methods += ["neg_label"] * (negatives is not None)
-            methods += ["mahalanobis", "knn"] * (train is not None)
+            methods += [*FIT_OPTIONS] * (train is not None)
         with show.progress(quiet=self.quiet) as bar:
             pipeline = Pipeline(
                 encoder,
@@ -143,14 +138,6 @@ class Request:
             for message in pipeline.warnings:
                 show.note(message)
             yield pipeline
-
-
-def _without_fit_options(
-    scores: Mapping[str, tuple[str, dict[str, Any]]],
-) -> dict[str, tuple[str, dict[str, Any]]]:
-    from fastood.pipeline.methods import split_fit_options
-
-    return split_fit_options(scores)[0]
 
 
 def _templates(given: Sequence[str] | None) -> Any:
