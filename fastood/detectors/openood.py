@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastood.detectors.detector import Detector
 from fastood.detectors.encoding import split_batch
+from fastood.detectors.heads import LogitsHead
 
 __all__ = ["OpenOODPostprocessor", "as_openood_postprocessor"]
 
@@ -137,7 +138,7 @@ class OpenOODPostprocessor:
         if isinstance(net, nn.Module):
             first = next(net.parameters(), None)
             data = data if first is None else data.to(first.device)
-        if _offers_features(net) and not _is_logits_head(self.detector.head):
+        if _offers_features(net) and not isinstance(self.detector.head, LogitsHead):
             logits, features = net(data, return_feature=True)
             return features, None, logits
         output = net(data)
@@ -152,12 +153,6 @@ def _offers_features(net: Any) -> bool:
     except (TypeError, ValueError):  # builtins and some compiled modules tell nothing
         return False
     return "return_feature" in parameters
-
-
-def _is_logits_head(head: Any) -> bool:
-    from fastood.detectors.heads import LogitsHead
-
-    return isinstance(head, LogitsHead)
 
 
 def _tracked(loader: Iterable[Any], progress: bool) -> Iterable[Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 __all__ = ["FeatureChunk", "FeatureSet", "Skipped"]
@@ -71,8 +72,6 @@ class FeatureSet:
 
     def image(self) -> Tensor:
         """(n, D): all global features in memory."""
-        import torch
-
         if not self.chunks:
             raise ValueError(f"{self.name}: no image could be encoded")
         return torch.cat([c.image for c in self.chunks])

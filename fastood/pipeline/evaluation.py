@@ -17,7 +17,7 @@ import numpy as np
 from fastood._version import __version__
 from fastood.data.imageset import ImageSet
 from fastood.features.featureset import FeatureSet
-from fastood.pipeline.checks import check_set_names, check_settings
+from fastood.pipeline.checks import check_set_names
 from fastood.pipeline.core import Pipeline, ScoredSet
 from fastood.pipeline.output import OutputFolder
 from fastood.report.table import ScoreTable
@@ -106,9 +106,9 @@ def evaluate_sets(
         ValueError: no OOD set, or sets of one name; DataError where images cannot be used.
     """
     started = time.perf_counter()
-    tpr = check_settings(tpr=tpr, aupr=aupr, resamples=resamples, seed=seed)
-    settings = {"tpr": tpr, "aupr": aupr, "resamples": resamples, "seed": seed}
-    plan = describe_plan(pipeline, id_set, ood_sets, calibration=calibration, settings=settings)
+    settings: dict[str, Any] = {"tpr": tpr, "aupr": aupr, "resamples": resamples, "seed": seed}
+    plan = pipeline.plan(id_set, ood_sets, calibration=calibration, **settings)
+    tpr = plan["settings"]["tpr"]
     same = calibration is None or _same_images(calibration, id_set)
 
     with warnings.catch_warnings(record=True) as caught:
@@ -148,8 +148,8 @@ def describe_plan(
     id_set: ImageSet | FeatureSet,
     ood_sets: Sequence[ImageSet | FeatureSet],
     *,
-    calibration: ImageSet | FeatureSet | None = None,
-    settings: Mapping[str, Any] | None = None,
+    calibration: ImageSet | FeatureSet | None,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The part of the results that is known before any image is encoded.
 
@@ -172,7 +172,7 @@ def describe_plan(
         "id": _source(id_set),
         "ood": [_source(s) for s in ood_sets],
         "calibration": None if calibration is None else _source(calibration),
-        "settings": dict(settings or {}),
+        "settings": dict(settings),
     }
 
 
@@ -301,8 +301,7 @@ def _accuracy(scored: ScoredSet) -> dict[str, Any] | None:
     from fastood.metrics import accuracy
 
     known = scored.labels >= 0
-    found = accuracy(scored.predicted[known], scored.labels[known])
-    return {"value": found.value, "n": found.n, "interval": list(found.interval)}
+    return accuracy(scored.predicted[known], scored.labels[known]).as_dict()
 
 
 def _notes(scored_id: ScoredSet, same: bool) -> list[str]:
