@@ -30,7 +30,6 @@ __all__ = [
     "read_sets",
 ]
 
-_FEATURES = (".npz", ".npy", ".safetensors")
 _NAMED = re.compile(r"([^/\\=]+)=(.+)", re.DOTALL)
 _SPLIT = re.compile(r"(.+)@(\w+)", re.DOTALL)
 _LOCAL_LIMIT = 4 << 30
@@ -57,7 +56,9 @@ class _Source:
 
     @property
     def is_features(self) -> bool:
-        return Path(self.path).suffix.lower() in _FEATURES
+        from fastood.data.paths import FEATURE_SUFFIXES
+
+        return Path(self.path).suffix.lower() in FEATURE_SUFFIXES
 
 
 def read_set(text: str, *, limit: int | None = None) -> ImageSet | FeatureSet:

@@ -17,7 +17,9 @@ __all__ = [
     "group_by_folder",
     "is_named",
     "match_names",
+    "names_of_numbers",
     "pick_split",
+    "plain_name",
     "some",
 ]
 
@@ -113,7 +115,7 @@ def group_by_folder(
     return Grouping(keep, folders, prefix, taken, mixed)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """What must agree for two names to be the same class: letters and digits, not spelling."""
     text = unicodedata.normalize("NFKC", name).casefold()
     return " ".join(text.replace("_", " ").replace("-", " ").replace("/", " ").split())
@@ -123,7 +125,7 @@ def is_named(folder: str, given: Sequence[str] | Mapping[str, str]) -> bool:
     """True if the class names given have one for this folder."""
     if isinstance(given, Mapping):
         return folder in given
-    return _plain(path_text(folder)) in {_plain(name) for name in given}
+    return plain_name(path_text(folder)) in {plain_name(name) for name in given}
 
 
 def match_names(
@@ -173,16 +175,36 @@ def match_names(
     return _pair(found, names, where), names
 
 
+def names_of_numbers(
+    given: Sequence[str] | Mapping[str, str], labels: Sequence[int | None], where: str
+) -> tuple[str, ...]:
+    """The class names given, for a set whose labels are bare numbers into them.
+
+    Raises:
+        DataError: if there are no labels, or fewer names than they need.
+    """
+    names = tuple(given.values() if isinstance(given, Mapping) else given)
+    top = max((label for label in labels if label is not None), default=None)
+    if top is None:
+        raise DataError(f"class_names: {where} has no labels to match them with")
+    if top >= len(names):
+        raise DataError(
+            f"class_names: {where} has labels up to {top}, which needs {top + 1} names, got "
+            f"{len(names)}"
+        )
+    return names
+
+
 def _pair(found: Sequence[str], names: tuple[str, ...], where: str) -> dict[str, int]:
     by_plain: dict[str, list[int]] = {}
     for i, name in enumerate(names):
-        by_plain.setdefault(_plain(name), []).append(i)
+        by_plain.setdefault(plain_name(name), []).append(i)
     labels: dict[str, int] = {}
     used: set[int] = set()
     unnamed: list[str] = []
     ambiguous: list[str] = []
     for folder in found:
-        hits = by_plain.get(_plain(path_text(folder)), [])
+        hits = by_plain.get(plain_name(path_text(folder)), [])
         if len(hits) > 1:  # the exact spelling may still decide
             hits = [i for i in hits if names[i] == folder] or hits
         if len(hits) == 1 and hits[0] not in used:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastood.data.folder import set_name
-from fastood.data.paths import path_text
+from fastood.data.paths import FEATURE_SUFFIXES, path_text
 from fastood.errors import DataError
 
 if TYPE_CHECKING:
@@ -108,8 +108,10 @@ def _read(file: Path, where: str) -> dict[str, Any]:
             f"{where}: {suffix} files need unpickling, which can run any code; save the features "
             "as .npz or .safetensors"
         )
-    if suffix not in (".npz", ".npy", ".safetensors"):
-        raise DataError(f"{where}: expected .npz, .npy or .safetensors, got {suffix or 'no'} file")
+    if suffix not in FEATURE_SUFFIXES:
+        raise DataError(
+            f"{where}: expected {', '.join(FEATURE_SUFFIXES)}, got {suffix or 'no'} file"
+        )
     try:
         if suffix == ".safetensors":
             return _read_safetensors(file)

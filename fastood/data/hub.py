@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastood.data.classes import match_names, pick_split
+from fastood.data.classes import match_names, names_of_numbers, pick_split
 from fastood.data.folder import ClassNames, describe_classes
 from fastood.data.imageset import ImageItem, ImageSet
 from fastood.errors import DataError
@@ -96,10 +96,4 @@ def _rename(
     if own is not None:
         index, names = match_names(own, class_names, where="the dataset")
         return [None if v is None else index[own[v]] for v in labels], names
-    names = tuple(class_names.values() if isinstance(class_names, dict) else class_names)
-    top = max((v for v in labels if v is not None), default=None)
-    if top is None or top >= len(names):
-        raise DataError(
-            f"class_names: the dataset has labels up to {top}, got {len(names)} class names"
-        )
-    return labels, names
+    return labels, names_of_numbers(class_names, labels, "the dataset")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastood.data.classes import match_names, pick_split, some
+from fastood.data.classes import match_names, names_of_numbers, pick_split, some
 from fastood.data.folder import ClassNames, describe_classes, set_name
 from fastood.data.imageset import ImageItem, ImageSet
 from fastood.data.paths import ReadFile, byte_order, is_image_name, path_text, unique_texts
@@ -299,13 +299,4 @@ def _labels(
         return [None if e.class_name is None else index[e.class_name] for e in entries], names
     if class_names is None:
         return labels, None
-    names = tuple(class_names.values() if isinstance(class_names, dict) else class_names)
-    top = max((label for label in labels if label is not None), default=None)
-    if top is None:
-        raise DataError(f"class_names: {where} has no labels to match them with")
-    if top >= len(names):
-        raise DataError(
-            f"class_names: {where} has labels up to {top}, which needs {top + 1} names, got "
-            f"{len(names)}"
-        )
-    return labels, names
+    return labels, names_of_numbers(class_names, labels, where)

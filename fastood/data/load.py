@@ -14,13 +14,11 @@ from fastood.data.hub import is_hub_dataset, load_hub_dataset
 from fastood.data.imageset import ImageSet
 from fastood.data.layouts import recognise
 from fastood.data.lists import load_list_file, load_paths, load_split_file
-from fastood.data.paths import is_image_name, path_text
+from fastood.data.paths import FEATURE_SUFFIXES, is_image_name, path_text
 from fastood.data.shards import find_shards, is_shard_name, load_shards
 from fastood.errors import DataError
 
 __all__ = ["load_images"]
-
-_FEATURES = (".npz", ".npy", ".safetensors")
 
 
 def load_images(
@@ -102,7 +100,7 @@ def _from_path(
         return load_list_file(path, root=root, match=match, **options)
     if is_image_name(path.name):
         return load_paths([path], **options)
-    if suffix in _FEATURES:
+    if suffix in FEATURE_SUFFIXES:
         raise DataError(f"{path_text(path)}: holds features, not images; use load_features")
     raise DataError(
         f"{path_text(path)}: expected a folder, a list (.txt, .csv), a CoOp split (.json), a tar "

@@ -13,6 +13,7 @@ from pathlib import Path
 from fastood.errors import DataError
 
 __all__ = [
+    "FEATURE_SUFFIXES",
     "IMAGE_SUFFIXES",
     "ReadFile",
     "Walk",
@@ -30,6 +31,8 @@ IMAGE_SUFFIXES = frozenset(
         *("ppm", "pgm", "pbm", "pnm", "jp2", "avif"),
     )
 )
+
+FEATURE_SUFFIXES = (".npz", ".npy", ".safetensors")
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 

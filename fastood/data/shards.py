@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastood.data.classes import group_by_folder, match_names, some
+from fastood.data.classes import group_by_folder, match_names, names_of_numbers, some
 from fastood.data.folder import ClassNames, describe_classes, describe_others
 from fastood.data.imageset import ImageItem, ImageSet
 from fastood.data.paths import byte_order, is_hidden, is_image_name, path_text, unique_texts
@@ -277,15 +277,9 @@ def _shard_labels(
             group.split,
         )
     labels = [n if n is not None and n >= 0 else None for n in numbers]
-    top = max((n for n in labels if n is not None), default=-1)
     if class_names is not None:
-        given = tuple(class_names.values() if isinstance(class_names, dict) else class_names)
-        if top >= len(given):
-            raise DataError(
-                f"class_names: {where} has labels up to {top}, which needs {top + 1} names, got "
-                f"{len(given)}"
-            )
-        return members, labels, given, group.split
+        return members, labels, names_of_numbers(class_names, labels, where), group.split
+    top = max((n for n in labels if n is not None), default=-1)
     own = {m.label: m.class_name for m in members if m.label is not None and m.class_name}
     if sorted(own) == list(range(top + 1)) and own:
         return members, labels, tuple(str(own[i]) for i in range(top + 1)), group.split

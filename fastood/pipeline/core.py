@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastood.data.classes import plain_name
 from fastood.data.imageset import ImageSet
 from fastood.errors import ModelError
 from fastood.features.featureset import FeatureSet
@@ -381,10 +382,10 @@ class Pipeline:
         if tuple(theirs) == ours:  # also where two classes share a name
             return np.where(labels < 0, -1, labels)
         own = {name: k for k, name in enumerate(ours)}
-        spelled = {_spelling(name): k for k, name in enumerate(ours)}
+        spelled = {plain_name(name): k for k, name in enumerate(ours)}
         if len(spelled) < len(ours):  # "a_b" beside "a b": only the exact name tells them apart
             spelled = {}
-        index = [own.get(name, spelled.get(_spelling(name), -1)) for name in theirs]
+        index = [own.get(name, spelled.get(plain_name(name), -1)) for name in theirs]
         if -1 in index or len(own) < len(ours):
             return None
         return np.where(labels < 0, -1, np.asarray(index, dtype=np.int64)[np.maximum(labels, 0)])
@@ -394,8 +395,3 @@ def _given(train: ImageSet | FeatureSet | None) -> ImageSet | FeatureSet:
     if train is None:  # _check_needs has refused this already
         raise ValueError("train: mahalanobis and knn need training images")
     return train
-
-
-def _spelling(name: str) -> str:
-    """A class name without what folder names do to it: case, underscores, hyphens."""
-    return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
