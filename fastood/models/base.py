@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastood.errors import ModelError
+from fastood.models.common import check_pixels
 
 __all__ = ["Encoder", "ImageFeatures", "TextSupport"]
 
@@ -80,6 +81,18 @@ class Encoder(ABC):
         Raises:
             ModelError: if ``local=True`` and the tower defines no local features (says which).
         """
+
+    def _checked(self, pixels: Tensor, *, local: bool) -> Tensor:
+        """``pixels`` where the towers want them, if they have what is asked for."""
+        if local and self.no_local is not None:
+            raise ModelError(f"{self.name} has no local features: {self.no_local}")
+        return check_pixels(pixels, self.device, self.dtype)
+
+    def _nothing(self, *, local: bool = False) -> ImageFeatures:
+        """Features of no image, or in ``image`` of no prompt."""
+        empty = torch.zeros(0, self.embed_dim, device=self.device, dtype=self.dtype)
+        patches = empty.new_zeros(0, self.num_patches or 0, self.embed_dim)
+        return ImageFeatures(empty, patches if local else None)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(B, D) global features: an encoder also is the plain function other toolkits ask for."""

@@ -1,8 +1,8 @@
-"""What every encoder does with devices, dtypes and batches of pixels."""
+"""What every encoder does with devices, dtypes, batches of pixels and prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "TOKENIZER_PROBE",
     "as_device",
     "as_dtype",
     "check_pixels",
+    "cut_prompts",
     "features_of",
     "module_device",
     "module_dtype",
     "seeded",
 ]
+
+TOKENIZER_PROBE = "A photo of a Cardigan, 3 déjà-vu's."
+"""Its tokens are part of a fingerprint: they tell tokenizers apart by case, digits and accents."""
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -101,6 +106,25 @@ def features_of(output: Any) -> Tensor:
         f"a tower must return a tensor of features, got {type(output).__name__}; "
         f"wrap it in a function that returns the (B, D) tensor"
     )
+
+
+def cut_prompts(tokens: Tensor, prompts: Sequence[str]) -> list[str]:
+    """A warning if prompts fill the whole context: whatever was longer has been cut off.
+
+    Right-padded rows repeat their last id only when at least two positions are padding, so a row
+    is full when its last two ids differ and the last is not padding of the shorter rows.
+    """
+    if not len(tokens) or tokens.shape[1] < 2:
+        return []
+    padding = 0
+    full = (tokens[:, -1] != padding) & (tokens[:, -1] != tokens[:, -2])
+    rows = [prompts[i] for i in full.nonzero().flatten().tolist()]
+    if not rows:
+        return []
+    return [
+        f"{len(rows)} prompt(s) fill all {tokens.shape[1]} tokens of the context and are probably "
+        f"cut off, first: {rows[0][:60]!r}"
+    ]
 
 
 @contextmanager

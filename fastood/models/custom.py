@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastood.errors import ModelError
 from fastood.models.base import Encoder, ImageFeatures, TextSupport
-from fastood.models.common import as_device, check_pixels, features_of, module_device, module_dtype
+from fastood.models.common import as_device, features_of, module_device, module_dtype
 from fastood.models.fingerprint import Fingerprint, describe_callable, weights_digest
 
 __all__ = ["CallableEncoder"]
@@ -116,13 +116,9 @@ class CallableEncoder(Encoder):
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor, *, local: bool = False) -> ImageFeatures:
-        if local and self.no_local is not None:
-            raise ModelError(f"{self.name} has no local features: {self.no_local}")
-        pixels = check_pixels(pixels, self.device, self.dtype)
+        pixels = self._checked(pixels, local=local)
         if not len(pixels):
-            none = pixels.new_zeros(0, self.embed_dim)
-            wide = pixels.new_zeros(0, self.num_patches or 0, self.embed_dim)
-            return ImageFeatures(none, wide if local else None)
+            return self._nothing(local=local)
         output = self.image(pixels)
         image = features_of(output)
         self._check(image, len(pixels), "image")
@@ -142,7 +138,7 @@ class CallableEncoder(Encoder):
         if self._text is None:
             return super().encode_text(prompts)
         if not prompts:
-            return torch.zeros(0, self.embed_dim, device=self.device, dtype=self.dtype)
+            return self._nothing().image
         if isinstance(self._text, Mapping):
             unknown = [p for p in prompts if p not in self._text]
             if unknown:

@@ -14,10 +14,16 @@ from fastood.errors import ModelError
 from fastood.models import files
 from fastood.models import local as paths
 from fastood.models.base import Encoder, ImageFeatures, TextSupport
-from fastood.models.common import check_pixels, features_of, module_device, module_dtype, seeded
+from fastood.models.common import (
+    TOKENIZER_PROBE,
+    cut_prompts,
+    features_of,
+    module_device,
+    module_dtype,
+    seeded,
+)
 from fastood.models.cropping import ContextCrop
 from fastood.models.fingerprint import Fingerprint, describe_callable
-from fastood.models.openclip import cut_prompts
 
 __all__ = ["HFEncoder", "ProcessorTransform", "load_hf"]
 
@@ -102,7 +108,7 @@ class HFEncoder(Encoder):
                 "kind": kind,
                 "image": _keep(vision),
                 "text": {**_keep(text), "eos_token_id": self._eos},
-                "tokens": self.tokenize(["A photo of a Cardigan, 3 déjà-vu's."])[0].tolist(),
+                "tokens": self.tokenize([TOKENIZER_PROBE])[0].tolist(),
             },
         )
 
@@ -112,13 +118,9 @@ class HFEncoder(Encoder):
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor, *, local: bool = False) -> ImageFeatures:
-        if local and self.no_local is not None:
-            raise ModelError(f"{self.name} has no local features: {self.no_local}")
-        pixels = check_pixels(pixels, self.device, self.dtype)
+        pixels = self._checked(pixels, local=local)
         if not len(pixels):
-            empty = pixels.new_zeros(0, self.embed_dim)
-            patches = pixels.new_zeros(0, self.num_patches or 0, self.embed_dim)
-            return ImageFeatures(empty, patches if local else None)
+            return self._nothing(local=local)
         if not local:
             return ImageFeatures(features_of(self.model.get_image_features(pixel_values=pixels)))
         tower = self.model.vision_model
@@ -133,7 +135,7 @@ class HFEncoder(Encoder):
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         prompts = tuple(prompts)
         if not prompts:
-            return torch.zeros(0, self.embed_dim, device=self.device, dtype=self.dtype)
+            return self._nothing().image
         features = self._crop(self.tokenize(prompts).to(self.device))
         self.text = TextSupport(self._context, self._crop.usable)
         return features

@@ -8,16 +8,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastood.errors import ModelError
 from fastood.models import local as paths
 from fastood.models.base import Encoder, ImageFeatures, TextSupport
-from fastood.models.common import check_pixels, features_of, module_device, module_dtype
+from fastood.models.common import (
+    TOKENIZER_PROBE,
+    cut_prompts,
+    features_of,
+    module_device,
+    module_dtype,
+)
 from fastood.models.cropping import CausalText, ContextCrop
 from fastood.models.fingerprint import Fingerprint, describe_callable
 
 __all__ = ["OpenClipEncoder"]
-
-_TOKENIZER_PROBE = "A photo of a Cardigan, 3 déjà-vu's."
 
 
 class OpenClipEncoder(Encoder):
@@ -84,13 +87,9 @@ class OpenClipEncoder(Encoder):
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor, *, local: bool = False) -> ImageFeatures:
-        if local and self.no_local is not None:
-            raise ModelError(f"{self.name} has no local features: {self.no_local}")
-        pixels = check_pixels(pixels, self.device, self.dtype)
+        pixels = self._checked(pixels, local=local)
         if not len(pixels):
-            empty = pixels.new_zeros(0, self.embed_dim)
-            patches = pixels.new_zeros(0, self.num_patches or 0, self.embed_dim)
-            return ImageFeatures(empty, patches if local else None)
+            return self._nothing(local=local)
         visual = self.model.visual
         if not local:
             return ImageFeatures(features_of(visual(pixels)))
@@ -106,7 +105,7 @@ class OpenClipEncoder(Encoder):
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         prompts = tuple(prompts)
         if not prompts:
-            return torch.zeros(0, self.embed_dim, device=self.device, dtype=self.dtype)
+            return self._nothing().image
         features = self._crop(self.tokenize(prompts).to(self.device))
         if self.text is not None and self.text.croppable != self._crop.usable:
             self.text = TextSupport(self.text.context_length, self._crop.usable)
@@ -123,7 +122,7 @@ class OpenClipEncoder(Encoder):
         return features_of(self.model.encode_text(tokens, normalize=False))
 
     def _probe_tokens(self) -> list[int]:
-        return self.tokenize([_TOKENIZER_PROBE])[0].tolist()
+        return self.tokenize([TOKENIZER_PROBE])[0].tolist()
 
     def _width(self) -> int:
         width = getattr(self.model.visual, "output_dim", None)
@@ -133,25 +132,6 @@ class OpenClipEncoder(Encoder):
             height, wide = _image_size(self.model.visual)
             blank = torch.zeros(1, 3, height, wide, device=self.device, dtype=self.dtype)
             return int(features_of(self.model.visual(blank)).shape[-1])
-
-
-def cut_prompts(tokens: Tensor, prompts: Sequence[str]) -> list[str]:
-    """A warning if prompts fill the whole context: whatever was longer has been cut off.
-
-    Right-padded rows repeat their last id only when at least two positions are padding, so a row
-    is full when its last two ids differ and the last is not padding of the shorter rows.
-    """
-    if not len(tokens) or tokens.shape[1] < 2:
-        return []
-    padding = 0
-    full = (tokens[:, -1] != padding) & (tokens[:, -1] != tokens[:, -2])
-    rows = [prompts[i] for i in full.nonzero().flatten().tolist()]
-    if not rows:
-        return []
-    return [
-        f"{len(rows)} prompt(s) fill all {tokens.shape[1]} tokens of the context and are probably "
-        f"cut off, first: {rows[0][:60]!r}"
-    ]
 
 
 def _context_length(model: Any) -> int:

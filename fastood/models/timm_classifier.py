@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastood.errors import ModelError
 from fastood.models import files
 from fastood.models.base import Encoder, ImageFeatures
-from fastood.models.common import check_pixels, module_device, module_dtype, seeded
+from fastood.models.common import module_device, module_dtype, seeded
 from fastood.models.fingerprint import Fingerprint, describe_callable
 
 if TYPE_CHECKING:
@@ -104,11 +104,9 @@ class TimmEncoder(Encoder):
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor, *, local: bool = False) -> ImageFeatures:
-        if local:
-            raise ModelError(f"{self.name} has no local features: {self.no_local}")
-        pixels = check_pixels(pixels, self.device, self.dtype)
+        pixels = self._checked(pixels, local=local)
         if not len(pixels):
-            return ImageFeatures(pixels.new_zeros(0, self.embed_dim))
+            return self._nothing(local=local)
         return ImageFeatures(self._features(pixels))
 
     def head(self) -> ClassifierHead:
