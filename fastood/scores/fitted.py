@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastood.scores.inputs import (
+    BLOCK,
     check_count,
     check_features,
     check_scalar,
@@ -38,8 +39,6 @@ FIT_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "knn": (),
 }
 """Options that belong to the fit rather than to the score."""
-
-_BLOCK = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def knn(image: Tensor, bank: NeighbourBank, *, k: int = 50) -> Tensor:
     k = check_count("k", k, 1, n, high_name="N = ")
     z = unit_rows(working(x))
     known = bank.features.to(z.dtype)
-    step = max(1, _BLOCK // n)
+    step = max(1, BLOCK // n)
     index = [
         matmul_classes(z[i : i + step].detach(), known).topk(k, dim=-1).indices[:, -1]
         for i in range(0, len(z), step)

@@ -14,15 +14,21 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BLOCK",
     "check_count",
     "check_features",
     "check_finite",
     "check_scalar",
     "check_tau",
+    "check_tensor",
+    "check_width",
     "matmul_classes",
     "unit_rows",
     "working",
 ]
+
+BLOCK = 1 << 23
+"""Most numbers in a block of similarities: 32 MiB of float32 stays near the caches."""
 
 _SAFE_NORM = (1e-15, 1e15)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastood import reference
 from fastood.scores.bank import ClassBank
 from fastood.scores.inputs import (
+    BLOCK,
     check_features,
     check_finite,
     check_scalar,
@@ -23,9 +24,6 @@ from fastood.scores.inputs import (
 from fastood.scores.row import Text, mcm
 
 __all__ = ["gl_mcm", "l_mcm"]
-
-# (rows, P, K) blocks of at most this many numbers; 32 MiB of float32 stays near the caches
-_BLOCK = 1 << 23
 
 
 def l_mcm(
@@ -134,6 +132,6 @@ def _check_sizes(patches: int, classes: int) -> None:
 
 
 def _row_blocks(b: int, per_row: int) -> Iterator[slice]:
-    step = max(1, _BLOCK // max(1, per_row))
+    step = max(1, BLOCK // max(1, per_row))
     for start in range(0, b, step):
         yield slice(start, min(start + step, b))

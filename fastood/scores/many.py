@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from fastood.scores.bank import ClassBank, Head, Similarities
-from fastood.scores.inputs import check_count, check_features
+from fastood.scores.inputs import BLOCK, check_count, check_features
 from fastood.scores.registry import Methods, resolve
 
 __all__ = ["score"]
-
-_BLOCK = 1 << 23
 
 
 def score(
@@ -111,7 +109,7 @@ def similarity_blocks(
             width = len(head)
             if head.negatives is not None:
                 width += head.negatives.shape[0] * head.negatives.shape[1]
-        rows = max(1, _BLOCK // (width * (1 if local is None else 1 + local.shape[1])))
+        rows = max(1, BLOCK // (width * (1 if local is None else 1 + local.shape[1])))
     else:
         rows = check_count("rows", rows, 1, None)
     for i in range(0, max(1, len(image)), rows):

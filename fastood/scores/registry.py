@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fastood import reference
 from fastood.scores.bank import Similarities
 from fastood.scores.fitted import knn, mahalanobis
+from fastood.scores.inputs import check_count, check_scalar, check_tau
 from fastood.scores.local import gl_mcm, l_mcm
 from fastood.scores.row import (
     delta_energy,
@@ -72,9 +74,6 @@ def _gl_mcm(s: Similarities, image: Tensor | None, **options: Any) -> Tensor:
 
 
 def _neg_label(s: Similarities, image: Tensor | None, *, tau: float) -> Tensor:
-    from fastood import reference
-    from fastood.scores.inputs import check_tau
-
     del image
     if s.negatives is None:  # resolve() has seen to it; for callers that come here directly
         raise ValueError("negatives: neg_label needs a ClassBank built with negatives=...")
@@ -271,8 +270,6 @@ def _check_options(
     negatives: bool | None,
     classes: int | None,
 ) -> None:
-    from fastood.scores.inputs import check_count, check_scalar, check_tau
-
     if options.get("tau") is not None:
         check_tau(options["tau"])
     for name in ("reset", "weight"):
