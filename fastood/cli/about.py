@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 
-from fastood._version import __version__
+from fastood._version import __version__, installed
 from fastood.cli import options as o
 from fastood.cli import show
 
@@ -57,11 +56,7 @@ def info(json: o.Json = False) -> None:
     import torch
 
     versions = {"fastood": __version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions |= {package: installed(package) or "not installed" for package in _PACKAGES}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     content: dict[str, Any] = {
         "python": platform.python_version(),

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
+from fastood.text import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -34,9 +36,7 @@ _COMMAND: ContextVar[str | None] = ContextVar("command", default=None)
 @contextmanager
 def command(words: Sequence[str]) -> Iterator[None]:
     """While the block runs, ``typed()`` is the command with these words."""
-    # names that are not UTF-8 arrive as lone surrogates, which no JSON file can hold
-    line = shlex.join(["fastood", *words]).encode("utf-8", "backslashreplace").decode("utf-8")
-    token = _COMMAND.set(line)
+    token = _COMMAND.set(visible(shlex.join(["fastood", *words])))
     try:
         yield
     finally:
@@ -60,7 +60,7 @@ def console(*, stderr: bool = False) -> Console:
 
 def line(text: str) -> None:
     """A line on stdout; names that are not UTF-8 show as escapes."""
-    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+    sys.stdout.write(visible(text) + "\n")
 
 
 def error(message: str) -> None:
@@ -79,7 +79,7 @@ def note(message: str) -> None:
 
 def _one_line(text: str) -> str:
     """Line breaks and control characters of messages and file names do not reach the terminal."""
-    text = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").splitlines())
+    text = " ".join(visible(text).splitlines())
     return "".join(ch if ch.isprintable() else ascii(ch)[1:-1] for ch in text)
 
 

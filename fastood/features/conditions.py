@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import lru_cache
-from importlib import metadata
 from typing import Any
 
 import torch
 
+from fastood._version import installed
 from fastood.data.decode import DECODE_VERSION
 from fastood.data.imageset import ImageSet
 from fastood.models.base import Encoder
@@ -36,13 +36,8 @@ def key_parts(found: dict[str, Any], chunk_size: int) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
     """Versions of what the features pass through on their way (no import needed)."""
-    found = {}
-    for package in ("torch", "torchvision", "pillow", "open_clip_torch", "timm", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    packages = ("torch", "torchvision", "pillow", "open_clip_torch", "timm", "transformers")
+    return {package: installed(package) or "absent" for package in packages}
 
 
 def provenance(

@@ -8,13 +8,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from fastood._version import __version__
+from fastood._version import __version__, installed
 from fastood.data.imageset import ImageSet
 from fastood.features.featureset import FeatureSet
 from fastood.pipeline.checks import check_set_names
@@ -357,10 +356,6 @@ def _opener(sets: Sequence[ImageSet | FeatureSet]) -> OpenImage:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("torch", "open_clip_torch", "transformers", "timm", "pillow", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    packages = ("torch", "open_clip_torch", "transformers", "timm", "pillow", "numpy")
+    found = {package: version for package in packages if (version := installed(package))}
+    return {"python": platform.python_version(), "platform": platform.platform(), **found}

@@ -12,6 +12,7 @@ from fastood.atomic import replacing
 from fastood.errors import DataError
 from fastood.pipeline.core import ScoredSet
 from fastood.pipeline.output import OutputFolder
+from fastood.text import visible
 
 __all__ = ["Screening"]
 
@@ -53,7 +54,7 @@ class Screening:
 
         folder.make()
         readable = {
-            name: [_text(v) if isinstance(v, str) else v for v in values]
+            name: [visible(v) if isinstance(v, str) else v for v in values]
             for name, values in self.columns.items()
         }
         try:
@@ -65,8 +66,3 @@ class Screening:
                 pyarrow.csv.write_csv(table, sink)
         except OSError as error:
             raise DataError(f"{folder.path}: cannot be written: {error}") from error
-
-
-def _text(value: str) -> str:
-    """File names that were not UTF-8 hold lone surrogates: shown as escapes."""
-    return value.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastood.atomic import replacing
 from fastood.errors import DataError
+from fastood.text import visible
 
 if TYPE_CHECKING:
     import pyarrow
@@ -197,7 +198,7 @@ class ScoreTable:
             if name == "label":
                 columns[name] = pa.array(values.tolist(), pa.int64())
             elif name == "path" and raw:
-                columns[name] = pa.array([_visible(p) for p in values], pa.string())
+                columns[name] = pa.array([visible(p) for p in values], pa.string())
             else:
                 columns[name] = pa.array(values.tolist(), pa.string())
         columns |= {name: pa.array(values) for name, values in self.scores.items()}
@@ -250,10 +251,6 @@ def _floats(name: str, values: Any, n: int) -> np.ndarray:
     if array.dtype.kind not in "fiu":
         raise TypeError(f"scores[{name!r}]: expected numbers, got {array.dtype}")
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
-
-
-def _visible(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _undecodable(paths: np.ndarray) -> bool:
