@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 
 setup(
     packages=[*find_packages(include=["fastood", "fastood.*"]), "fastood._csrc"],
+    include_package_data=False,  # photographs are data; setuptools would warn of packages
     package_dir={"fastood._csrc": "csrc"},
     package_data={
         "fastood": ["py.typed"],
