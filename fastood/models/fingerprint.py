@@ -43,8 +43,8 @@ def weights_digest(state: Mapping[str, Tensor], architecture: Mapping[str, Any])
 class Fingerprint:
     """A digest computed when first asked for and again after the weights were written to.
 
-    In-place writes are seen through torch's version counters. Writes through ``tensor.data`` bypass
-    them: call ``forget()`` after such a change.
+    In-place writes are seen through torch's version counters; writes through ``tensor.data`` bypass
+    them and go unseen.
     """
 
     def __init__(self, module: nn.Module, architecture: Mapping[str, Any]) -> None:
@@ -60,10 +60,6 @@ class Fingerprint:
             self._digest = weights_digest(state, self._architecture)
             self._stamp = stamp
         return self._digest
-
-    def forget(self) -> None:
-        """Compute the digest anew at the next call."""
-        self._stamp = None
 
 
 def _version(tensor: Tensor) -> int:

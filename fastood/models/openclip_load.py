@@ -93,7 +93,6 @@ def load_folder(
     name: str,
     checkpoint: str | Path | None,
     allow_pickle: bool,
-    tokenizer_source: str | None = None,
     **options: Any,
 ) -> OpenClipEncoder:
     """A folder with ``open_clip_config.json`` and weights, as open_clip publishes them."""
@@ -114,7 +113,7 @@ def load_folder(
         source=str(checkpoint),
         preprocess_config=config.get("preprocess_cfg", {}),
         siglip=None,
-        tokenizer_source=tokenizer_source or str(folder),
+        tokenizer_source=str(folder),
         **options,
     )
 
