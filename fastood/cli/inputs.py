@@ -1,4 +1,4 @@
-"""From the words of a command to sets, scores, class names, a model and a cache."""
+"""From the words of a command to sets, scores and class names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from fastood.errors import DataError
 
 if TYPE_CHECKING:
     from fastood.data.imageset import ImageSet
-    from fastood.features.cache import FeatureCache
     from fastood.features.featureset import FeatureSet
     from fastood.models.base import Encoder
 
 __all__ = [
     "affordable",
-    "open_cache",
-    "open_model",
     "parse_scores",
     "read_class_names",
     "read_features",
@@ -230,35 +227,6 @@ def read_lines(file: str) -> list[str]:
     if not lines:
         raise DataError(f"{file}: expected one prompt a line, the file is empty")
     return lines
-
-
-def open_model(
-    name: str,
-    *,
-    pretrained: str | None,
-    checkpoint: str | None,
-    device: str | None,
-    dtype: str,
-    allow_pickle: bool,
-) -> Encoder:
-    from fastood.models import load_model
-
-    return load_model(
-        name,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        device=device,
-        dtype=dtype,
-        allow_pickle=allow_pickle,
-    )
-
-
-def open_cache(folder: str | None, *, off: bool) -> FeatureCache | None:
-    if off:
-        return None
-    from fastood.features import FeatureCache
-
-    return FeatureCache(folder)
 
 
 def affordable(encoder: Encoder | None, sets: Sequence[ImageSet | FeatureSet]) -> bool:

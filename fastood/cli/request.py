@@ -57,6 +57,8 @@ class Request:
 
         ``sets`` are those about to be scored: they decide whether patch scores are affordable.
         """
+        from fastood.features import FeatureCache
+        from fastood.models import load_model
         from fastood.pipeline import Pipeline
         from fastood.pipeline.methods import check_methods
         from fastood.scores.fitted import FIT_OPTIONS
@@ -77,7 +79,7 @@ class Request:
                 raise ValueError(
                     "--score neg_label: expected negative labels, got none; give --negatives FILE"
                 )
-        cache = inputs.open_cache(self.cache, off=self.no_cache)
+        cache = None if self.no_cache else FeatureCache(self.cache)
         negatives = None if self.negatives is None else inputs.read_lines(self.negatives)
         if negatives is not None and self.groups > len(negatives):
             raise ValueError(
@@ -93,7 +95,7 @@ class Request:
                 names = features.class_names
         encoder = None
         if self.model != "none":
-            encoder = inputs.open_model(self.model, **self.weights)
+            encoder = load_model(self.model, **self.weights)
         if encoder is None and text is None:
             raise ValueError(
                 "--model none: expected the features of the classes with it, got none; give "
