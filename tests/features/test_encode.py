@@ -270,7 +270,7 @@ def test_wrong_arguments(tmp_path: Path, encoder: ToyEncoder, options: dict, err
 
 def test_refused_before_work(encoder: ToyEncoder) -> None:
     with pytest.raises(TypeError, match="load_images"):
-        encode_images(encoder, ["a.png"])  # type: ignore[arg-type]
+        encode_images(encoder, ["a.png"])
     with pytest.raises(DataError, match="empty"):
         encode_images(encoder, ImageSet("none", "", ()))
     encoder.no_local = "average pooling"
@@ -282,6 +282,6 @@ def test_refused_before_work(encoder: ToyEncoder) -> None:
 def test_preprocess_with_changing_shapes(tmp_path: Path, encoder: ToyEncoder) -> None:
     write_images(tmp_path / "set", 1, size=20)
     write_images(tmp_path / "set" / "z", 1, size=30)
-    encoder.preprocess = lambda image: torch.zeros(3, *image.size)  # type: ignore[method-assign]
+    encoder.preprocess = lambda image: torch.zeros(3, *image.size)
     with pytest.raises(ModelError, match="same shape"):
         encode_images(encoder, load_images(tmp_path / "set"))
