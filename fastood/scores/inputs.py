@@ -32,6 +32,11 @@ BLOCK = 1 << 23
 
 _SAFE_NORM = (1e-15, 1e15)
 
+# asked once, here: torch.compile before 2.12 cannot trace the question
+_AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
+)
+
 
 def working(x: Tensor) -> Tensor:
     """``x`` in the precision scores are computed in: float64 stays, the rest becomes float32."""
@@ -160,6 +165,6 @@ def matmul_classes(x: Tensor, text: Tensor) -> Tensor:
 
 
 def _as_given(device: str) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device):
+    if device in _AUTOCAST:
         return torch.autocast(device, enabled=False)
     return nullcontext()
