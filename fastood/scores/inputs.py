@@ -100,7 +100,7 @@ def check_tau(tau: Any) -> float:
 
 def check_scalar(name: str, value: Any) -> float:
     try:
-        if isinstance(value, str | bool):  # float() would read both
+        if isinstance(value, (str, bool)):  # float() would read both
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
