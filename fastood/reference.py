@@ -144,7 +144,7 @@ def delta_energy(s: Tensor, tau: float, c: int, reset: float, *, joint: bool) ->
         if c == k:  # no class is left: a = -inf, and each softplus is its argument
             return gap
         a = logsumexp(below)
-        return _rise(together - a, r - a, gap)
+        return softplus_rise(together - a, r - a, gap)
 
     if k == 1:
         return gap[..., 0]
@@ -158,10 +158,10 @@ def delta_energy(s: Tensor, tau: float, c: int, reset: float, *, joint: bool) ->
         behind = F.pad(e[..., 1:].flip(-1).cumsum(dim=-1).flip(-1), (0, 1))
         rest = below.exp().sum(dim=-1, keepdim=True)
         a = torch.cat([a, (before + behind + rest)[..., 1:].log()], dim=-1)
-    return _rise(tops - a, r - a, gap).sum(dim=-1)
+    return softplus_rise(tops - a, r - a, gap).sum(dim=-1)
 
 
-def _rise(x: Tensor, y: Tensor, gap: Tensor) -> Tensor:
+def softplus_rise(x: Tensor, y: Tensor, gap: Tensor) -> Tensor:
     """softplus(x) - softplus(y) for x = y + gap, to the last digits also where x is close to y."""
     near = gap.detach().abs() <= 1
     small = torch.where(near, gap, torch.zeros_like(gap))

@@ -100,18 +100,15 @@ def ebm_loss(
 
     own = best[:, None]
     if edit == "top1":
+        chosen = F.one_hot(best, k).bool()
         st = (zm * _class_rows(t, best)).sum(dim=-1, keepdim=True)
-        edited = torch.where(F.one_hot(best, k).bool(), st, s)
+        edited = torch.where(chosen, st, s)
         top1 = s.gather(-1, own)
         shift = top1.detach()
-        if k == 1:
-            gap = ((st - top1) / tau).squeeze(-1)
-        else:
-            others = ((s - shift) / tau).masked_fill(F.one_hot(best, k).bool(), -math.inf)
-            a = reference.logsumexp(others)[:, None]
-            gap = (
-                F.softplus((st - shift) / tau - a) - F.softplus((top1 - shift) / tau - a)
-            ).squeeze(-1)
+        gap = (st - top1) / tau
+        if k > 1:
+            a = reference.logsumexp(((s - shift) / tau).masked_fill(chosen, -math.inf))[:, None]
+            gap = reference.softplus_rise((st - shift) / tau - a, (top1 - shift) / tau - a, gap)
     else:
         edited = matmul_classes(zm, t)
         shift = s.gather(-1, own).detach()
