@@ -20,7 +20,7 @@ from fastood.pipeline.methods import Fits, check_methods, split_fit_options
 from fastood.scores.bank import ClassBank, Head
 from fastood.scores.fitted import FIT_OPTIONS
 from fastood.scores.many import similarity_blocks
-from fastood.scores.registry import Methods, default_methods, entries, resolve
+from fastood.scores.registry import SCORES, Methods, default_methods, entries, resolve
 from fastood.scores.result import ScoreKey, Scores
 
 if TYPE_CHECKING:
@@ -116,14 +116,14 @@ class Pipeline:
             logit_scale = 100.0 if encoder is None else encoder.logit_scale
         self.logit_scale = float(logit_scale)
 
-        has_local = encoder is not None and encoder.no_local is None
         if methods is None:
+            has_local = encoder is not None and encoder.no_local is None
             methods = default_methods(local=has_local, classes=len(self._names or ("", "")))
         asked, fit_options = split_fit_options(methods)
         check_training(entries(methods), train)
         check_labels(asked)
         has_negatives = negatives is not None or getattr(head, "negatives", None) is not None
-        self._check_needs(asked, has_negatives, train, has_local)
+        self._check_needs(asked, has_negatives, train)
         self._warn_unused(asked, negatives, train)
         self._groups = groups
         built = build_head(
@@ -337,23 +337,19 @@ class Pipeline:
         asked: Mapping[str, tuple[str, Mapping[str, Any]]],
         negatives: bool,
         train: ImageSet | FeatureSet | None,
-        has_local: bool,
     ) -> None:
         """Refuse what cannot work before a single prompt is encoded."""
-        try:
-            check_methods(
-                asked,
-                trained=train is not None,
-                logit_scale=self.logit_scale,
-                local=has_local if self.encoder is not None else None,
-                negatives=negatives,
-                classes=None if self._names is None else len(self._names),
-            )
-        except ValueError as error:
-            reason = None if self.encoder is None else self.encoder.no_local
-            if "patch features" in str(error) and reason:
-                raise ModelError(f"{str(error).split(':')[0]}: {reason}") from None
-            raise
+        check_methods(
+            asked,
+            trained=train is not None,
+            logit_scale=self.logit_scale,
+            negatives=negatives,
+            classes=None if self._names is None else len(self._names),
+        )
+        reason = None if self.encoder is None else self.encoder.no_local
+        for name, _ in asked.values():
+            if reason is not None and SCORES[name].needs == "local":
+                raise ModelError(f"{name}: {reason}")
 
     def _warn_unused(
         self,
