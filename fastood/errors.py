@@ -7,7 +7,7 @@ exit code 2.
 
 from __future__ import annotations
 
-__all__ = ["CacheError", "DataError", "FastoodError", "ModelError", "WeightsUnavailable"]
+__all__ = ["BuildError", "CacheError", "DataError", "FastoodError", "ModelError", "WeightsUnavailable"]
 
 
 class FastoodError(Exception):
@@ -28,3 +28,7 @@ class WeightsUnavailable(ModelError):
 
 class CacheError(FastoodError):
     """A feature cache that cannot be read or written."""
+
+
+class BuildError(FastoodError):
+    """Kernels that cannot be compiled or loaded; the message has the reason and the remedy."""
