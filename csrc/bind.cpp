@@ -1,0 +1,95 @@
+// The Python module and the registration of operators: the one file that includes Torch.
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cmath>
+
+#include "bind/rows.h"
+
+namespace py = pybind11;
+
+namespace fastood {
+namespace {
+
+const Kernels* const kAll[] = {
+#if defined(__x86_64__)
+    &kernels_avx512, &kernels_avx2,
+#endif
+    &kernels_generic,
+};
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+    const Kernels* k = chosen.load(std::memory_order_relaxed);
+    if (k == nullptr) {
+        for (const Kernels* candidate : kAll)
+            if (candidate->supported()) {
+                k = candidate;
+                break;
+            }
+        chosen.store(k, std::memory_order_relaxed);
+    }
+    return *k;
+}
+
+static void choose(const std::string& name) {
+    for (const Kernels* candidate : kAll)
+        if (name == candidate->name) {
+            TORCH_CHECK_VALUE(candidate->supported(), "instruction set: this machine has no ", name);
+            chosen.store(candidate);
+            return;
+        }
+    TORCH_CHECK_VALUE(false, "instruction set: expected generic, avx2 or avx512, got ", name);
+}
+
+Pool pool() {
+    return {at::in_parallel_region() ? 1 : at::get_num_threads(),
+            [](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
+                at::parallel_for(0, n, 1,
+                                 [&](int64_t begin, int64_t end) { body(context, begin, end); });
+            }};
+}
+
+static Tensor scores_of_rows(const Plan& plan, const OptionalTensor& image,
+                             const OptionalTensor& panels, const OptionalTensor& similarity,
+                             int64_t K, bool normalize) {
+    Tensor scores;
+    run_rows(plan, image, panels, similarity, K, normalize, &scores, nullptr);
+    return scores;
+}
+
+}  // namespace fastood
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    using namespace fastood;
+    m.doc() = "Fused CPU kernels of fastood.";
+    py::register_local_exception_translator([](std::exception_ptr p) {
+        try {
+            if (p) std::rethrow_exception(p);
+        } catch (const c10::ValueError& e) {
+            PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
+        }
+    });
+    const auto no_gil = py::call_guard<py::gil_scoped_release>();
+
+    m.def("instruction_sets", [] {
+        std::vector<std::string> names;
+        for (const Kernels* k : kAll)
+            if (k->supported()) names.emplace_back(k->name);
+        return names;
+    });
+    m.def("active_instruction_set", [] { return std::string(kernels().name); });
+    m.def("choose_instruction_set", &choose, py::arg("name"));
+
+    py::class_<Plan>(m, "Plan").def(
+        py::init<std::vector<double>,
+                 const std::vector<std::tuple<int, int, int64_t, double, bool>>&, int64_t, bool>(),
+        py::arg("taus"), py::arg("requests"), py::arg("c"), py::arg("moments"));
+    m.def("pack_text", &pack_text, no_gil);
+    m.def("row_scores", &scores_of_rows, no_gil, py::arg("plan"), py::arg("image"),
+          py::arg("panels"), py::arg("similarity"), py::arg("K"), py::arg("normalize"));
+}

@@ -1,0 +1,111 @@
+// Row statistics and global scores.
+#pragma once
+
+#include "common.h"
+
+namespace fastood {
+
+// What to compute of each row, checked once and used for many batches.
+struct Plan {
+    std::vector<double> taus;
+    std::vector<Request> requests;
+    int64_t c;
+    bool moments;
+
+    // requests: (score, index of its temperature, c, reset, flag)
+    Plan(std::vector<double> taus_, const std::vector<std::tuple<int, int, int64_t, double, bool>>& asked,
+         int64_t c_, bool moments_)
+        : taus(std::move(taus_)), c(c_), moments(moments_) {
+        TORCH_CHECK_VALUE(taus.size() <= MAX_TAUS, "tau: expected at most ", MAX_TAUS,
+                          " temperatures in one pass, got ", taus.size());
+        for (double tau : taus)
+            TORCH_CHECK_VALUE(tau > 0 && std::isfinite(tau), "tau: expected a temperature > 0, got ",
+                              tau);
+        for (const auto& [score, tau, count, reset, flag] : asked) {
+            TORCH_CHECK_VALUE(tau >= 0 && tau < static_cast<int>(taus.size()) && count <= c,
+                              "requests: out of range of the plan");
+            requests.push_back({static_cast<Score>(score), tau, count, reset, flag});
+        }
+    }
+};
+
+struct Statistics {
+    Tensor values, index, rest, neg_entropy, variance;
+};
+
+inline Tensor pack_text(const Tensor& text_) {
+    const Tensor text = readable("text", text_, 2).to(at::kFloat);
+    const int64_t K = text.size(0), D = text.size(1);
+    const int64_t inner = round_up(D, CHUNK), panels = round_up(K, PANEL) / PANEL;
+    Tensor out = at::empty({panels, inner, PANEL}, text.options());
+    const float* from = text.const_data_ptr<float>();
+    float* to = out.data_ptr<float>();
+    at::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * PANEL, last = end * PANEL < K ? end * PANEL : K;
+        kernels().pack(from + first * text.stride(0), text.stride(0), last - first, D,
+                       to + first * inner);
+    });
+    return out;
+}
+
+inline void check_panels(const Tensor& panels, int64_t K, int64_t D) {
+    TORCH_CHECK_VALUE(panels.dim() == 3 && panels.is_contiguous() && panels.scalar_type() == at::kFloat &&
+                          panels.size(0) == round_up(K, PANEL) / PANEL &&
+                          panels.size(1) == round_up(D, CHUNK) && panels.size(2) == PANEL,
+                      "text: expected classes packed for (", K, ", ", D, "), got ", panels.sizes());
+}
+
+// One of (image, panels) or similarity. `scores` (R, B) and `statistics` are written if wanted.
+inline void run_rows(const Plan& plan, const OptionalTensor& image_, const OptionalTensor& panels,
+                     const OptionalTensor& similarity_, int64_t K, bool normalize, Tensor* scores,
+                     Statistics* statistics) {
+    RowJob job{};
+    const bool given = similarity_.has_value();
+    Tensor x = given ? readable("similarity", *similarity_, 2) : readable("image", *image_, 2);
+    if (given) {
+        job.similarity = rows_view("similarity", x);
+        K = x.size(1);
+    } else {
+        check_panels(*panels, K, x.size(1));
+        job.image = rows_view("image", x);
+        job.panels = panels->const_data_ptr<float>();
+    }
+    TORCH_CHECK_VALUE(K >= 1, given ? "similarity" : "text", ": expected at least one class, got K = 0");
+    TORCH_CHECK_VALUE(K < (int64_t{1} << 31), "text: expected fewer than 2^31 classes, got ", K);
+    TORCH_CHECK_VALUE(plan.c >= 1 && plan.c <= K, "c: expected 1 <= c <= K = ", K, ", got ", plan.c);
+    const int64_t B = x.size(0), T = static_cast<int64_t>(plan.taus.size());
+    job.normalize = normalize;
+    job.K = K;
+    job.c = plan.c;
+    job.T = static_cast<int>(T);
+    job.taus = plan.taus.data();
+    job.moments = plan.moments;
+    const auto options = x.options().dtype(at::kFloat);
+    if (scores != nullptr) {
+        *scores = at::empty({static_cast<int64_t>(plan.requests.size()), B}, options);
+        job.scores = scores->data_ptr<float>();
+        job.requests = plan.requests.data();
+        job.R = static_cast<int64_t>(plan.requests.size());
+    }
+    if (statistics != nullptr) {
+        Statistics& s = *statistics;
+        s.values = at::empty({B, plan.c}, options);
+        s.index = at::empty({B, plan.c}, options.dtype(at::kLong));
+        s.rest = at::empty({B, T}, options.dtype(at::kDouble));
+        s.neg_entropy = at::empty({B, plan.moments ? T : 0}, options);
+        s.variance = at::empty({B, plan.moments ? T : 0}, options);
+        job.values = s.values.data_ptr<float>();
+        job.index = s.index.data_ptr<int64_t>();
+        job.rest = s.rest.data_ptr<double>();
+        if (plan.moments) {
+            job.neg_entropy = s.neg_entropy.data_ptr<float>();
+            job.variance = s.variance.data_ptr<float>();
+        }
+    }
+    const Tensor faults = at::empty({B}, options.dtype(at::kByte));
+    job.faults = faults.data_ptr<uint8_t>();
+    kernels().rows(job, pool());
+    report(given ? "similarity" : "image", given ? "values" : "features", faults);
+}
+
+}  // namespace fastood

@@ -1,0 +1,46 @@
+// The kernels for AVX2, FMA and F16C.
+#if defined(__x86_64__)
+// Standard headers first: their inline functions must not be compiled for this instruction set.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define FASTOOD_ISA avx2
+#define FASTOOD_WIDTH 8
+#include "isa.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace fastood {
+
+static bool supported() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+const Kernels kernels_avx2 = {
+    "avx2",
+    supported,
+    avx2::pack_classes,
+    avx2::rows_kernel,
+    nullptr,  // rows_backward
+    nullptr,  // grouped
+    nullptr,  // grouped_backward
+    nullptr,  // patches
+    nullptr,  // patches_backward
+    nullptr,  // ebm
+};
+
+}  // namespace fastood
+#endif

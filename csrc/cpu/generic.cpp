@@ -1,0 +1,32 @@
+// The kernels for the compiler's baseline: SSE2 on x86-64, NEON on ARM.
+// Standard headers first: their inline functions must not be compiled for this instruction set.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#define FASTOOD_ISA generic
+#define FASTOOD_WIDTH 4
+#include "isa.h"
+
+namespace fastood {
+
+static bool supported() {
+    return true;
+}
+
+const Kernels kernels_generic = {
+    "generic",
+    supported,
+    generic::pack_classes,
+    generic::rows_kernel,
+    nullptr,  // rows_backward
+    nullptr,  // grouped
+    nullptr,  // grouped_backward
+    nullptr,  // patches
+    nullptr,  // patches_backward
+    nullptr,  // ebm
+};
+
+}  // namespace fastood

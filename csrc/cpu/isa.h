@@ -1,0 +1,16 @@
+// Everything of one instruction set, in its namespace. See generic.cpp, avx2.cpp, avx512.cpp.
+
+namespace fastood {
+namespace FASTOOD_ISA {
+
+#include "simd.h"
+#include "math.h"
+#include "gemm.h"
+#include "pack.h"
+#include "top.h"
+#include "state.h"
+#include "epilogue.h"
+#include "rows.h"
+
+}  // namespace FASTOOD_ISA
+}  // namespace fastood

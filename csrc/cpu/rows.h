@@ -1,0 +1,262 @@
+// Global scores: product, top values, sums and epilogue of a block of rows, one pass.
+#pragma once
+
+constexpr int64_t BLOCK = 8 * MR;  // rows whose similarities are in scratch at the same time
+
+// The states of a block of rows, in memory of the calling thread.
+struct States {
+    Best* tops;     // [rows][c]
+    Rest* rests;    // [rows][T]
+    int64_t* held;  // [rows] how many tops so far
+    float* centres; // [rows]
+};
+
+static inline int64_t floats_for(int64_t bytes) { return (bytes + 63) / 64 * 16; }
+
+static States states_for(int64_t rows, int64_t c, int T) {
+    const int64_t tops = floats_for(rows * c * static_cast<int64_t>(sizeof(Best)));
+    const int64_t rests = floats_for(rows * T * static_cast<int64_t>(sizeof(Rest)));
+    const int64_t held = floats_for(rows * 8);
+    float* memory = scratch(2, tops + rests + held + floats_for(rows * 4));
+    States s;
+    s.tops = reinterpret_cast<Best*>(memory);
+    s.rests = reinterpret_cast<Rest*>(memory + tops);
+    s.held = reinterpret_cast<int64_t*>(memory + tops + rests);
+    s.centres = memory + tops + rests + held;
+    return s;
+}
+
+static inline float mean_of(const float* s, int64_t n) {
+    vf a{}, b{};
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        a = a + load(s + i);
+        b = b + load(s + i + W);
+    }
+    for (; i < n; i += W) a = a + keep<true>(load(s + i), first_lanes(n - i));
+    return sum(a + b) / static_cast<float>(n);
+}
+
+// Takes classes first..first+n of one row into its state. Rewrites s.
+static void take_span(const RowJob& job, const Scale* scales, float* s, int64_t first, int64_t n,
+                      int64_t row, const States& st) {
+    const int64_t c = job.c;
+    Best* tops = st.tops + row * c;
+    Rest* rests = st.rests + row * job.T;
+    int64_t& held = st.held[row];
+    if (first == 0 && job.moments) st.centres[row] = mean_of(s, n);
+    const float centre = st.centres[row];
+
+    const int64_t own = c < n ? c : n;
+    const int64_t want = own < n ? own + 1 : own;
+    Best* list = reinterpret_cast<Best*>(scratch(3, floats_for((want + 1) * sizeof(Best))));
+    float lowest;
+    top_of(s, n, want, list, &lowest);
+    const float next = want > own ? list[own].value : -INFINITY;
+
+    // Move the top values behind the rest: what remains is contiguous.
+    int64_t end = n;
+    for (int64_t j = 0; j < own; ++j) s[list[j].index] = NAN;
+    for (int64_t j = 0; j < own; ++j) {
+        while (end > n - own && __builtin_isnan(s[end - 1])) --end;
+        if (end <= n - own) break;
+        const int64_t hole = list[j].index;
+        if (hole >= n - own) continue;
+        s[hole] = s[end - 1];
+        --end;
+    }
+    const int64_t rest = n - own;
+
+    for (int t = 0; t < job.T; ++t) {
+        const Scale& scale = scales[t];
+        Rest sums;
+        if (rest > 0) {
+            const bool near = job.moments && (next - centre) * scale.inverse <= CENTRED_RANGE &&
+                              (centre - lowest) * scale.inverse <= CENTRED_RANGE;
+            sums = near          ? sums_of<true, true>(s, rest, centre, scale)
+                   : job.moments ? sums_of<false, true>(s, rest, next, scale)
+                                 : sums_of<false, false>(s, rest, next, scale);
+        }
+        rests[t] = first == 0 ? sums : merged(rests[t], sums, scale.inverse);
+    }
+
+    if (first == 0) {
+        for (int64_t j = 0; j < own; ++j) tops[j] = list[j];
+        held = own;
+        return;
+    }
+    for (int64_t j = 0; j < own; ++j) {
+        const Best candidate = {list[j].value, list[j].index + first};
+        const bool full = held == c;
+        if (full && !(candidate.value > tops[c - 1].value)) {
+            for (int t = 0; t < job.T; ++t) join(rests[t], candidate.value, scales[t].inverse);
+            continue;
+        }
+        const float evicted = full ? tops[c - 1].value : 0.0f;
+        insert(tops, held, c, candidate.value, candidate.index);
+        if (full)
+            for (int t = 0; t < job.T; ++t) join(rests[t], evicted, scales[t].inverse);
+    }
+}
+
+// Writes what was asked for of `rows` finished rows that start at `first` in the batch.
+static void finish(const RowJob& job, const Scale* scales, int64_t first, int64_t rows,
+                   const States& st) {
+    const int64_t c = job.c, B = job.image.data != nullptr ? job.image.count : job.similarity.count;
+    const bool none_left = c == job.K;
+    Lane lanes[MAX_TAUS];
+    vd* values = reinterpret_cast<vd*>(scratch(3, floats_for(c * sizeof(vd))));
+    for (int64_t r0 = 0; r0 < rows; r0 += WD) {
+        const int64_t n = rows - r0 < WD ? rows - r0 : WD;
+        for (int64_t j = 0; j < c; ++j)
+            for (int i = 0; i < WD; ++i)
+                values[j][i] = st.tops[(r0 + (i < n ? i : n - 1)) * c + j].value;
+        for (int t = 0; t < job.T; ++t) {
+            vd z, shift, neg_entropy{}, variance{};
+            for (int i = 0; i < WD; ++i) {
+                const int64_t row = r0 + (i < n ? i : n - 1);
+                const Rest& rest = st.rests[row * job.T + t];
+                z[i] = rest.z;
+                shift[i] = rest.shift;
+                if (job.moments && i < n) {
+                    double a, b;
+                    moments_of(rest, st.tops + row * c, c, job.K, scales[t].inverse, &a, &b);
+                    neg_entropy[i] = a;
+                    variance[i] = b;
+                }
+            }
+            lanes[t].rest = select(z == vd{}, all(-(double)INFINITY),
+                                   (shift - values[0]) * all(scales[t].inverse) + log(z));
+            lanes[t].neg_entropy = neg_entropy;
+            lanes[t].variance = variance;
+        }
+        const Tops tops = {values, c};
+        for (int64_t r = 0; r < job.R; ++r) {
+            const vd score = score_of(job.requests[r], tops, lanes, job.taus, none_left);
+            for (int i = 0; i < n; ++i)
+                job.scores[r * B + first + r0 + i] = static_cast<float>(score[i]);
+        }
+        for (int i = 0; i < n; ++i) {
+            const int64_t row = first + r0 + i;
+            for (int64_t j = 0; j < c; ++j) {
+                const Best& best = st.tops[(r0 + i) * c + j];
+                if (job.values != nullptr) job.values[row * c + j] = best.value;
+                if (job.index != nullptr) job.index[row * c + j] = best.index;
+            }
+            for (int t = 0; t < job.T; ++t) {
+                const int64_t at = row * job.T + t;
+                if (job.rest != nullptr) job.rest[at] = lanes[t].rest[i];
+                if (job.neg_entropy != nullptr)
+                    job.neg_entropy[at] = static_cast<float>(lanes[t].neg_entropy[i]);
+                if (job.variance != nullptr)
+                    job.variance[at] = static_cast<float>(lanes[t].variance[i]);
+            }
+        }
+    }
+}
+
+// Classes reduced at once: K in equal spans of at most SPAN, so that no span is a sliver.
+static inline int64_t span_of(int64_t K) {
+    const int64_t spans = (K + SPAN - 1) / SPAN;
+    return round_up((K + spans - 1) / spans, PANEL);
+}
+
+// A span of given similarities as float32; false if one is not finite.
+static bool read_span(const Rows& rows, int64_t i, int64_t first, int64_t n, float* out) {
+    const int64_t padded = round_up(n, W);
+    read_row(rows, i, first, n, padded, out);
+    vf odd{};
+    for (int64_t k = 0; k < padded; k += W) {
+        const vf a = load(out + k);
+        odd = odd + (a - a);
+    }
+    return sum(odd) == 0.0f;
+}
+
+struct RowRun {
+    const RowJob* job;
+    const Scale* scales;
+    // a batch too small to share by rows: shared by classes instead
+    Packed packed;
+    float* s;
+    int64_t first, ldc;
+    States states;
+};
+
+static void rows_of_block(const RowJob& job, const Scale* scales, int64_t first, int64_t rows) {
+    const int64_t span = span_of(job.K);
+    const States states = states_for(rows, job.c, job.T);
+    float* s = scratch(4, rows * span);
+    const bool given = job.panels == nullptr;
+    Packed packed{};
+    if (!given) {
+        const int64_t inner = round_up(job.image.width, CHUNK);
+        packed = pack_rows(job.image, first, rows, job.normalize, scratch(0, rows * inner),
+                           job.faults);
+    }
+    for (int64_t k = 0; k < job.K; k += span) {
+        const int64_t n = job.K - k < span ? job.K - k : span;
+        if (!given)
+            multiply_panels(packed, job.panels + k * packed.inner, round_up(n, PANEL), s, span);
+        for (int64_t i = 0; i < rows; ++i) {
+            if (given && !read_span(job.similarity, first + i, k, n, s + i * span)) {
+                job.faults[first + i] = kNotFinite;
+                std::memset(s + i * span, 0, sizeof(float) * n);
+            }
+            take_span(job, scales, s + i * span, k, n, i, states);
+        }
+    }
+    finish(job, scales, first, rows, states);
+}
+
+static void rows_kernel(const RowJob& job, const Pool& pool) {
+    const int64_t B = job.panels != nullptr ? job.image.count : job.similarity.count;
+    if (B == 0) return;
+    Scale scales[MAX_TAUS];
+    for (int t = 0; t < job.T; ++t) scales[t] = make_scale(job.taus[t]);
+    RowRun run{};
+    run.job = &job;
+    run.scales = scales;
+    if (job.similarity.data != nullptr) std::memset(job.faults, kFine, B);
+
+    const int64_t units = (B + MR - 1) / MR;
+    const bool shared = job.panels != nullptr && units < 2 * pool.threads && job.K >= 8 * PANEL;
+    if (!shared) {
+        pool.run(
+            units,
+            [](void* context, int64_t begin, int64_t end) {
+                const RowRun& r = *static_cast<const RowRun*>(context);
+                const int64_t all_rows = r.job->panels != nullptr ? r.job->image.count
+                                                                  : r.job->similarity.count;
+                for (int64_t first = begin * MR; first < end * MR; first += BLOCK) {
+                    const int64_t stop = end * MR < all_rows ? end * MR : all_rows;
+                    if (first >= stop) break;
+                    rows_of_block(*r.job, r.scales, first,
+                                  stop - first < BLOCK ? stop - first : BLOCK);
+                }
+            },
+            &run);
+        return;
+    }
+
+    const int64_t span = span_of(job.K), inner = round_up(job.image.width, CHUNK);
+    run.packed = pack_rows(job.image, 0, B, job.normalize, scratch(0, B * inner), job.faults);
+    run.s = scratch(4, B * span);
+    run.ldc = span;
+    run.states = states_for(B, job.c, job.T);
+    for (run.first = 0; run.first < job.K; run.first += span) {
+        const int64_t n = job.K - run.first < span ? job.K - run.first : span;
+        pool.run(
+            round_up(n, PANEL) / PANEL,
+            [](void* context, int64_t begin, int64_t end) {
+                const RowRun& r = *static_cast<const RowRun*>(context);
+                const int64_t column = begin * PANEL;
+                multiply_panels(r.packed, r.job->panels + (r.first + column) * r.packed.inner,
+                                (end - begin) * PANEL, r.s + column, r.ldc);
+            },
+            &run);
+        for (int64_t i = 0; i < B; ++i)
+            take_span(job, scales, run.s + i * span, run.first, n, i, run.states);
+    }
+    finish(job, scales, 0, B, run.states);
+}
