@@ -11,6 +11,7 @@ import typer
 from fastood._version import __version__, installed
 from fastood.cli import options as o
 from fastood.cli import show
+from fastood.cli.build import kernel_lines, kernels
 
 __all__ = ["cache_app", "info", "models"]
 
@@ -65,16 +66,14 @@ def info(json: o.Json = False) -> None:
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpus": gpus,
-        "kernels": {
-            "active": "reference",
-            "why": "plain torch; no fused kernel is in this version",
-        },
+        "kernels": kernels(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("FASTOOD_")},
     }
     if json:
         show.print_json(content)
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -84,7 +83,8 @@ def info(json: o.Json = False) -> None:
         table.add_row(package, version)
     table.add_row("cpu", f"{content['cpu']}, {content['threads']} threads")
     table.add_row("gpu", ", ".join(gpus) or "none")
-    table.add_row("kernels", f"{content['kernels']['active']} ({content['kernels']['why']})")
+    for i, line in enumerate(kernel_lines(content["kernels"])):
+        table.add_row("" if i else "kernels", Text(line))
     for name, value in content["environment"].items():
         table.add_row(name, value)
     show.console().print(table)

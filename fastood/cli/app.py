@@ -13,6 +13,7 @@ import typer
 
 from fastood.cli import show
 from fastood.cli.about import cache_app, info, models
+from fastood.cli.build import build
 from fastood.cli.evaluate import demo, evaluate, report
 from fastood.cli.screen import calibrate, score
 from fastood.errors import FastoodError
@@ -43,6 +44,7 @@ app.command("score")(score)
 app.command("calibrate")(calibrate)
 app.command("demo")(demo)
 app.command("models")(models)
+app.command("build")(build)
 app.command("info")(info)
 app.add_typer(cache_app, name="cache")
 

@@ -210,7 +210,7 @@ def instruction_set() -> str:
     shared by machines of both kinds.
     """
     try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+        with Path("/proc/cpuinfo").open(encoding="ascii", errors="replace") as lines:
             flags = next((set(s.split()) for s in lines if s.startswith("flags")), set())
     except OSError:
         flags = set()

@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows, where nothing is compiled
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Built", "BuildStore"]
+__all__ = ["BuildStore", "Built"]
 
 UNUSED_SECONDS = 30 * 86400
 """Builds of other keys (old sources, old torch) are deleted when nobody loaded them for so long."""

@@ -1,10 +1,11 @@
 """Compiling an extension: once, in a process of its own, whatever is interrupted or killed.
 
-``build`` looks for a finished build, takes the lock, looks again, and has a second Python compile
-in a private folder (``python -m fastood.ops.compile <folder>``), which ``torch.utils.cpp_extension``
-fills. That process also loads the result, so that a library which does not load is an error there
-and never becomes the finished build; this one then loads it exactly once, which matters because
-operators register while it loads. The private folder is renamed when everything is in it.
+``build`` looks for a finished build, takes the lock, looks again, and has a second Python
+(``python -m fastood.ops.compile <folder>``) compile in a private folder, through
+``torch.utils.cpp_extension``. That process also loads the result, so that a library which does not
+load is an error there and never becomes the finished build; this one then loads it exactly once,
+which matters because operators register while it loads. The private folder is renamed when
+everything is in it.
 """
 
 from __future__ import annotations
