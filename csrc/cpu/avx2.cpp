@@ -33,8 +33,9 @@ const Kernels kernels_avx2 = {
     "avx2",
     supported,
     avx2::pack_classes,
+    avx2::spread_classes,
     avx2::rows_kernel,
-    nullptr,  // rows_backward
+    avx2::rows_backward_kernel,
     nullptr,  // grouped
     nullptr,  // grouped_backward
     nullptr,  // patches

@@ -34,8 +34,9 @@ const Kernels kernels_avx512 = {
     "avx512",
     supported,
     avx512::pack_classes,
+    avx512::spread_classes,
     avx512::rows_kernel,
-    nullptr,  // rows_backward
+    avx512::rows_backward_kernel,
     nullptr,  // grouped
     nullptr,  // grouped_backward
     nullptr,  // patches

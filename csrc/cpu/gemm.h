@@ -96,44 +96,45 @@ static inline void pack_row(const float* row, int64_t index, int64_t rows, int64
         for (int v = 0; v < CHUNK / W; ++v) store(out + v * W, load(row + k + v * W));
 }
 
-// c[rows, columns] = packed rows x panels of classes; c is row-major, its rows ldc apart, and
-// columns is padded to PANEL. One panel after the other: it stays in L1 while all rows pass.
-static void multiply_panels(const Packed& a, const float* panels, int64_t columns, float* c,
-                            int64_t ldc) {
-    for (int64_t column = 0; column < columns; column += PANEL, panels += a.inner * PANEL)
+// c[rows, columns] (+)= packed rows x b, where b comes in panels of PANEL columns, each
+// [inner][PANEL] and panel_stride apart. c is row-major, its rows ldc apart; columns is padded to
+// PANEL. One panel after the other: DEPTH rows of it stay in L1 while all rows of a pass.
+template <bool ADD>
+static void multiply(const Packed& a, const float* panels, int64_t panel_stride, int64_t columns,
+                     float* c, int64_t ldc) {
+    for (int64_t column = 0; column < columns; column += PANEL, panels += panel_stride)
         for (int64_t k = 0; k < a.inner; k += DEPTH) {
             const int64_t depth = a.inner - k < DEPTH ? a.inner - k : DEPTH;
             for (int64_t part = 0; part < PANEL; part += NS)
                 for (int64_t row = 0; row < a.rows; row += MR) {
                     const int64_t height = a.rows - row < MR ? a.rows - row : MR;
-                    const Tile tile = k == 0 ? tile_of<Left::kChunks, false>(height)
-                                             : tile_of<Left::kChunks, true>(height);
+                    const Tile tile = !ADD && k == 0 ? tile_of<Left::kChunks, false>(height)
+                                                     : tile_of<Left::kChunks, true>(height);
                     tile(a.data + row * a.inner + k * height, 0, panels + k * PANEL + part, PANEL,
                          depth, c + row * ldc + column + part, ldc);
                 }
         }
 }
 
-// c[rows, columns] += packed rows x b, b row-major [inner, columns]; columns a multiple of NS and
-// b readable up to `inner` padded to CHUNK (a is zero there, so b must be finite).
-static void multiply_add(const Packed& a, const float* b, int64_t ldb, int64_t columns, float* c,
-                         int64_t ldc) {
-    for (int64_t column = 0; column < columns; column += NS)
-        for (int64_t row = 0; row < a.rows; row += MR) {
-            const int64_t height = a.rows - row < MR ? a.rows - row : MR;
-            tile_of<Left::kChunks, true>(height)(a.data + row * a.inner, 0, b + column, ldb,
-                                                 a.inner, c + row * ldc + column, ldc);
-        }
+// Cosines of packed image rows with packed classes (pack.h).
+static void multiply_panels(const Packed& a, const float* panels, int64_t columns, float* c,
+                            int64_t ldc) {
+    multiply<false>(a, panels, a.inner * PANEL, columns, c, ldc);
 }
 
-// c[n, columns] += g' x b, g row-major [inner, n], b row-major [inner, columns].
+// c[n, columns] += g' x b for a row-major g [inner, n], its rows ldg apart, and b in panels.
 static void multiply_transposed(const float* g, int64_t ldg, int64_t inner, int64_t n,
-                                const float* b, int64_t ldb, int64_t columns, float* c,
-                                int64_t ldc) {
-    for (int64_t column = 0; column < columns; column += NS)
-        for (int64_t row = 0; row < n; row += MR) {
-            const int64_t height = n - row < MR ? n - row : MR;
-            tile_of<Left::kColumns, true>(height)(g + row, ldg, b + column, ldb, inner,
-                                                  c + row * ldc + column, ldc);
+                                const float* panels, int64_t panel_stride, int64_t columns,
+                                float* c, int64_t ldc) {
+    for (int64_t column = 0; column < columns; column += PANEL, panels += panel_stride)
+        for (int64_t k = 0; k < inner; k += DEPTH) {
+            const int64_t depth = inner - k < DEPTH ? inner - k : DEPTH;
+            for (int64_t part = 0; part < PANEL; part += NS)
+                for (int64_t row = 0; row < n; row += MR) {
+                    const int64_t height = n - row < MR ? n - row : MR;
+                    tile_of<Left::kColumns, true>(height)(
+                        g + k * ldg + row, ldg, panels + k * PANEL + part, PANEL, depth,
+                        c + row * ldc + column + part, ldc);
+                }
         }
 }

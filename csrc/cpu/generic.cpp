@@ -20,8 +20,9 @@ const Kernels kernels_generic = {
     "generic",
     supported,
     generic::pack_classes,
+    generic::spread_classes,
     generic::rows_kernel,
-    nullptr,  // rows_backward
+    generic::rows_backward_kernel,
     nullptr,  // grouped
     nullptr,  // grouped_backward
     nullptr,  // patches

@@ -11,6 +11,7 @@ namespace FASTOOD_ISA {
 #include "state.h"
 #include "epilogue.h"
 #include "rows.h"
+#include "backward.h"
 
 }  // namespace FASTOOD_ISA
 }  // namespace fastood

@@ -69,8 +69,7 @@ struct RowJob {
 struct RowBackwardJob {
     Rows image;                // (B, D) float32, as multiplied
     const float* panels;       // packed classes; null if similarities were given
-    const float* text;         // (K, D) float32 row-major, rows padded to text_stride
-    int64_t text_stride;
+    const float* columns;      // the classes spread in panels of columns, for d_image
     Rows similarity;
     int64_t K, c;
     int T;
@@ -79,8 +78,8 @@ struct RowBackwardJob {
     const float* coefficients; // (B, T, 3): a, b, g
     const int64_t* index;      // (B, c)
     const float* tops;         // (B, c)
-    float* d_image;            // (B, D) or null
-    float* d_text;             // (K, D) or null
+    float* d_image;            // (B, width) or null; width = D padded to PANEL
+    float* d_text;             // (K, width), zeros to start with, or null
     float* d_similarity;       // (B, K) or null
 };
 
@@ -94,6 +93,8 @@ struct Kernels {
     const char* name;
     bool (*supported)();
     void (*pack)(const float* text, int64_t stride, int64_t K, int64_t D, float* panels);
+    // (K, D) to panels of columns, [D padded / PANEL][K padded to CHUNK][PANEL]
+    void (*spread)(const float* text, int64_t stride, int64_t K, int64_t D, float* columns);
     void (*rows)(const RowJob&, const Pool&);
     void (*rows_backward)(const RowBackwardJob&, const Pool&);
     void (*grouped)(const GroupedJob&, const Pool&);

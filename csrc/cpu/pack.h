@@ -117,3 +117,22 @@ static void pack_classes(const float* text, int64_t stride, int64_t K, int64_t D
         }
     }
 }
+
+// One row of floats (padded with zeros to `width`, a multiple of PANEL) as row `index` of panels of
+// columns, each [rows of the panel][PANEL]: the right factor of a gradient.
+static inline void spread_row(const float* row, int64_t index, int64_t width, int64_t panel_stride,
+                              float* panels) {
+    for (int64_t k = 0; k < width; k += PANEL, panels += panel_stride)
+        std::memcpy(panels + index * PANEL, row + k, sizeof(float) * PANEL);
+}
+
+static void spread_classes(const float* text, int64_t stride, int64_t K, int64_t D,
+                           float* columns) {
+    const int64_t width = round_up(D, PANEL), height = round_up(K, CHUNK);
+    float* row = scratch(1, width);
+    for (int64_t k = 0; k < height; ++k) {
+        std::memset(row, 0, sizeof(float) * width);
+        if (k < K) std::memcpy(row, text + k * stride, sizeof(float) * D);
+        spread_row(row, k, width, height * PANEL, columns);
+    }
+}
