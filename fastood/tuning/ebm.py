@@ -1,4 +1,4 @@
-"""Training losses as plain differentiable torch, the reference for fused versions."""
+"""The energy-bound loss as plain differentiable torch, the reference for its fused version."""
 
 from __future__ import annotations
 
@@ -11,18 +11,10 @@ from torch import Tensor
 
 from fastood import reference
 from fastood.scores.bank import ClassBank
-from fastood.scores.inputs import (
-    check_count,
-    check_features,
-    check_scalar,
-    check_tau,
-    check_width,
-    matmul_classes,
-    unit_rows,
-    working,
-)
+from fastood.scores.inputs import check_scalar, check_tau, matmul_classes
+from fastood.tuning.inputs import features_of, labels_of
 
-__all__ = ["ebm_loss", "locoop_loss"]
+__all__ = ["ebm_loss"]
 
 
 def ebm_loss(
@@ -79,10 +71,10 @@ def ebm_loss(
     _one_of("ce_on", ce_on, ("edited", "original"))
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected 0 < keep <= 1, got {keep}")
-    z, t = _features(image, text, normalize)
+    z, t = features_of(image, text, normalize)
     s = matmul_classes(z, t)
     k = s.shape[1]
-    y = _labels(labels, z, k)
+    y = labels_of(labels, z, k)
     best = s.detach().argmax(dim=-1)
 
     with torch.no_grad():
@@ -117,91 +109,9 @@ def ebm_loss(
     return F.cross_entropy(logits, y) + weight * gap.mean()
 
 
-def locoop_loss(
-    image: Tensor,
-    local: Tensor,
-    text: Tensor | ClassBank,
-    labels: Tensor,
-    *,
-    tau: float = 0.01,
-    weight: float = 0.25,
-    top_k: int = 200,
-    normalize: bool = True,
-) -> Tensor:
-    """LoCoOp: cross-entropy plus ``weight`` times the mean negative entropy of OOD patches.
-
-    A patch is OOD if at least ``top_k`` classes have a larger logit than the image's label. Over
-    all OOD patches of the batch the mean of Σ_k p_k log(p_k + 1e-5) is minimised, which flattens
-    their predictions; without any OOD patch the term is zero.
-
-    Source: arXiv 2306.01293, equations 6-8; the 1e-5 is the authors' code's.
-
-    Args:
-        image: (B, D); local: (B, P, D); text: (K, D) or (B, K, D); labels: (B,) int64 in 0..K-1.
-        top_k: rank of the label from which a patch counts as OOD, 1 <= top_k < K.
-    Returns:
-        A scalar, float32 (float64 for float64 input).
-    Raises:
-        ValueError: as ``ebm_loss``; top_k outside 1..K-1 (no patch could ever be OOD).
-    """
-    tau, weight = check_tau(tau), check_scalar("weight", weight)
-    z, t = _features(image, text, normalize)
-    zl = check_features("local", local, (3,), "(B, P, D)")
-    check_width(zl, t, ("local", "text"))
-    if len(zl) != len(z):
-        raise ValueError(f"local: expected patches of {len(z)} images, got {len(zl)}")
-    zl = working(zl).to(z.dtype)
-    zl = unit_rows(zl) if normalize else zl
-    s = matmul_classes(z, t)
-    k = s.shape[1]
-    y = _labels(labels, z, k)
-    top_k = check_count("top_k", top_k, 1, k - 1, high_name="K - 1 = ")
-
-    sl = matmul_classes(zl, t)
-    own = sl.gather(-1, y[:, None, None].expand(-1, sl.shape[1], 1))
-    out = (sl.detach() > own.detach()).sum(dim=-1) >= top_k
-    p = F.softmax(sl / tau, dim=-1)
-    neg_entropy = (p * (p + 1e-5).log()).sum(dim=-1)
-    # a masked mean rather than indexing: no synchronisation, and zero where no patch is OOD
-    mean = (neg_entropy * out).sum() / out.sum().clamp_min(1)
-    return F.cross_entropy(s / tau, y) + weight * mean
-
-
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _features(image: Tensor, text: Tensor | ClassBank, normalize: bool) -> tuple[Tensor, Tensor]:
-    z = check_features("image", image, (2,), "(B, D)")
-    if isinstance(text, ClassBank):
-        t, ready, normalize = text.text, True, normalize and text.normalize
-    else:
-        t, ready = check_features("text", text, (2, 3), "(K, D) or (B, K, D)"), False
-    check_width(z, t)
-    if len(z) == 0:
-        raise ValueError("image: a loss needs at least one image, got B = 0")
-    if t.shape[-2] == 0:
-        raise ValueError("text: expected at least one class, got K = 0")
-    z, t = working(z), working(t)
-    dtype = torch.promote_types(z.dtype, t.dtype)
-    z, t = z.to(dtype), t.to(dtype)
-    if normalize:
-        z, t = unit_rows(z), t if ready else unit_rows(t)
-    return z, t
-
-
-def _labels(labels: Tensor, image: Tensor, k: int) -> Tensor:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError("labels: expected an integer tensor (B,)")
-    if labels.shape != (len(image),):
-        raise ValueError(f"labels: expected ({len(image)},), got {tuple(labels.shape)}")
-    y = labels.to(device=image.device, dtype=torch.int64)
-    if not y.is_cuda and not torch.compiler.is_compiling():
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= k:
-            raise ValueError(f"labels: expected values in 0..{k - 1} (K = {k}), got {low}..{high}")
-    return y
 
 
 def _class_rows(t: Tensor, index: Tensor) -> Tensor:
