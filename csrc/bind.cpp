@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "bind/rows.h"
+#include "build_info.h"
 
 namespace py = pybind11;
 
@@ -49,11 +50,12 @@ static void choose(const std::string& name) {
 Pool pool() {
     return {at::in_parallel_region() ? 1 : at::get_num_threads(),
             [](int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
-                at::parallel_for(0, n, 1,
-                                 [&](int64_t begin, int64_t end) { body(context, begin, end); });
+                parallel_for(0, n, 1,
+                             [&](int64_t begin, int64_t end) { body(context, begin, end); });
             }};
 }
 
+// For Python in eager mode without gradients: past the dispatcher, which costs several microseconds.
 static Tensor scores_of_rows(const Plan& plan, const OptionalTensor& image,
                              const OptionalTensor& panels, const OptionalTensor& similarity,
                              int64_t K, bool normalize) {
@@ -63,6 +65,13 @@ static Tensor scores_of_rows(const Plan& plan, const OptionalTensor& image,
 }
 
 }  // namespace fastood
+
+TORCH_LIBRARY_IMPL(fastood, CPU, m) {
+    m.impl("row_statistics", &fastood::row_statistics);
+    m.impl("row_statistics_backward", &fastood::row_statistics_backward);
+    m.impl("similarity_statistics", &fastood::similarity_statistics);
+    m.impl("similarity_statistics_backward", &fastood::similarity_statistics_backward);
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using namespace fastood;
@@ -74,6 +83,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
         }
     });
+    add_build_info(m);
+
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
 
     m.def("instruction_sets", [] {

@@ -1,9 +1,9 @@
 // Between tensors and the plain structures of cpu/kernels.h: checks, threads, faults.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "../parallel.h"
 
 namespace fastood {
 

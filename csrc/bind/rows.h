@@ -40,7 +40,7 @@ inline Tensor pack_text(const Tensor& text_) {
     Tensor out = at::empty({panels, inner, PANEL}, text.options());
     const float* from = text.const_data_ptr<float>();
     float* to = out.data_ptr<float>();
-    at::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
+    parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
         const int64_t first = begin * PANEL, last = end * PANEL < K ? end * PANEL : K;
         kernels().pack(from + first * text.stride(0), text.stride(0), last - first, D,
                        to + first * inner);
@@ -106,6 +106,105 @@ inline void run_rows(const Plan& plan, const OptionalTensor& image_, const Optio
     job.faults = faults.data_ptr<uint8_t>();
     kernels().rows(job, pool());
     report(given ? "similarity" : "image", given ? "values" : "features", faults);
+}
+
+// ---------------------------------------------------------------- operators (schemas: ops/rows.py)
+
+using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline FiveTensors tuple_of(const Statistics& s) {
+    return {s.values, s.index, s.rest, s.neg_entropy, s.variance};
+}
+
+inline FiveTensors row_statistics(const Tensor& image, const Tensor& text,
+                                  const OptionalTensor& panels, at::ArrayRef<double> taus,
+                                  int64_t c, bool moments) {
+    Statistics s;
+    run_rows({taus.vec(), {}, c, moments}, image, panels.has_value() ? *panels : pack_text(text), {},
+             text.size(0), false, nullptr, &s);
+    return tuple_of(s);
+}
+
+inline FiveTensors similarity_statistics(const Tensor& similarity, at::ArrayRef<double> taus,
+                                         int64_t c, bool moments) {
+    Statistics s;
+    run_rows({taus.vec(), {}, c, moments}, {}, {}, similarity, 0, false, nullptr, &s);
+    return tuple_of(s);
+}
+
+// The first D columns of a buffer whose rows are padded to a multiple of PANEL.
+inline Tensor unpadded(const Tensor& x, int64_t D) {
+    return x.size(1) == D ? x : x.narrow(1, 0, D).contiguous();
+}
+
+inline Tensor padded_zeros(int64_t rows, int64_t D, const Tensor& like) {
+    return at::zeros({rows, round_up(D, PANEL)}, like.options().dtype(at::kFloat));
+}
+
+inline RowBackwardJob backward_job(const std::vector<double>& taus, const Tensor& best,
+                                   const Tensor& shift, const Tensor& coefficients,
+                                   const Tensor& index, const Tensor& tops) {
+    TORCH_CHECK_VALUE(best.is_contiguous() && shift.is_contiguous() && coefficients.is_contiguous() &&
+                          index.is_contiguous() && tops.is_contiguous(),
+                      "row gradients: expected contiguous coefficients");
+    RowBackwardJob job{};
+    job.T = static_cast<int>(taus.size());
+    job.taus = taus.data();
+    job.c = index.size(1);
+    job.best = best.const_data_ptr<float>();
+    job.shift = shift.const_data_ptr<float>();
+    job.coefficients = coefficients.const_data_ptr<float>();
+    job.index = index.const_data_ptr<int64_t>();
+    job.tops = tops.const_data_ptr<float>();
+    return job;
+}
+
+inline std::tuple<Tensor, Tensor> row_statistics_backward(
+    const Tensor& image_, const Tensor& text_, const OptionalTensor& panels_,
+    at::ArrayRef<double> taus_, const Tensor& best, const Tensor& shift, const Tensor& coefficients,
+    const Tensor& index, const Tensor& tops, bool image_gradient, bool text_gradient) {
+    const Tensor image = readable("image", image_, 2);
+    const Tensor text = readable("text", text_, 2).to(at::kFloat);
+    const Tensor panels = panels_.has_value() ? *panels_ : pack_text(text);
+    const int64_t B = image.size(0), K = text.size(0), D = image.size(1);
+    check_panels(panels, K, D);
+    const std::vector<double> taus = taus_.vec();
+    RowBackwardJob job = backward_job(taus, best, shift, coefficients, index, tops);
+    job.image = rows_view("image", image);
+    job.panels = panels.const_data_ptr<float>();
+    job.K = K;
+    Tensor d_image = at::empty({0}, text.options()), d_text = d_image, columns;
+    if (image_gradient) {
+        d_image = padded_zeros(B, D, text);
+        columns = at::empty({round_up(D, PANEL) / PANEL, round_up(K, CHUNK), PANEL}, text.options());
+        kernels().spread(text.const_data_ptr<float>(), text.stride(0), K, D,
+                         columns.data_ptr<float>());
+        job.columns = columns.const_data_ptr<float>();
+        job.d_image = d_image.data_ptr<float>();
+    }
+    if (text_gradient) {
+        d_text = padded_zeros(K, D, text);
+        job.d_text = d_text.data_ptr<float>();
+    }
+    kernels().rows_backward(job, pool());
+    if (image_gradient) d_image = unpadded(d_image, D);
+    if (text_gradient) d_text = unpadded(d_text, D);
+    return {d_image, d_text};
+}
+
+inline Tensor similarity_statistics_backward(const Tensor& similarity_, at::ArrayRef<double> taus_,
+                                             const Tensor& best, const Tensor& shift,
+                                             const Tensor& coefficients, const Tensor& index,
+                                             const Tensor& tops) {
+    const Tensor similarity = readable("similarity", similarity_, 2);
+    const std::vector<double> taus = taus_.vec();
+    RowBackwardJob job = backward_job(taus, best, shift, coefficients, index, tops);
+    job.similarity = rows_view("similarity", similarity);
+    job.K = similarity.size(1);
+    Tensor out = at::empty(similarity.sizes(), similarity.options().dtype(at::kFloat));
+    job.d_similarity = out.data_ptr<float>();
+    kernels().rows_backward(job, pool());
+    return out;
 }
 
 }  // namespace fastood

@@ -17,16 +17,18 @@ struct BackwardRun {
 static void gradient_of_span(const RowBackwardJob& job, const Scale* scales, int64_t row,
                              int64_t class_first, int64_t n, float* s) {
     const float* coefficients = job.coefficients + row * job.T * 3;
+    const float* shift = job.shift + row * job.T;
     const vf best = all(job.best[row]);
     for (int64_t k = 0; k < n; k += W) {
-        const vf y = load(s + k) - best;
+        const vf x = load(s + k), above = x - best;
         vf g{};
         for (int t = 0; t < job.T; ++t) {
             const Scale& scale = scales[t];
             const vf a = all(coefficients[3 * t]), b = all(coefficients[3 * t + 1]),
                      e2 = all(coefficients[3 * t + 2]);
-            const vf p = exp_scaled(larger(y, all(scale.lowest)), all(scale.hi), all(scale.lo));
-            const vf d = y * all(static_cast<float>(scale.inverse));
+            const vf y = larger(x - all(shift[t]), all(scale.lowest));
+            const vf p = exp_scaled(y, all(scale.hi), all(scale.lo));
+            const vf d = above * all(static_cast<float>(scale.inverse));
             g = fma(p, fma(e2, p, fma(b, d, a)), g);
         }
         store(s + k, g);

@@ -64,8 +64,9 @@ struct RowJob {
     uint8_t* faults;           // (B,)
 };
 
-// The gradient of anything computed from row statistics. With d = (s - best) / tau and E = exp(d)
-//   dL/ds_k = sum_t E_k (a_t + b_t d_k + g_t E_k), and `tops` in place of it for the top c classes.
+// The gradient of anything computed from row statistics. With E = exp((s - shift) / tau) and
+// d = (s - best) / tau, dL/ds_k = sum_t E_k (a_t + b_t d_k + g_t E_k); for the top c classes it is
+// `tops` instead. The caller chooses the shift so that E is at most about 1 outside of those.
 struct RowBackwardJob {
     Rows image;                // (B, D) float32, as multiplied
     const float* panels;       // packed classes; null if similarities were given
@@ -75,6 +76,7 @@ struct RowBackwardJob {
     int T;
     const double* taus;
     const float* best;         // (B,)
+    const float* shift;        // (B, T)
     const float* coefficients; // (B, T, 3): a, b, g
     const int64_t* index;      // (B, c)
     const float* tops;         // (B, c)

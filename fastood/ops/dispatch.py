@@ -1,0 +1,52 @@
+"""Which implementation computes a call: the plain-torch reference or a fused kernel."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastood.ops import loader
+
+__all__ = ["IMPLEMENTATIONS", "Impl", "choose"]
+
+Impl = Literal["reference", "cpu", "triton", "cuda"]
+IMPLEMENTATIONS: tuple[Impl, ...] = ("reference", "cpu", "triton", "cuda")
+
+
+def choose(impl: str | None, *tensors: Tensor | None) -> Literal["reference", "cpu"]:
+    """The implementation for these tensors.
+
+    ``impl``, else ``FASTOOD_IMPL``, is obeyed or refused. Left open, float32, bfloat16 and float16
+    tensors on the CPU take the C++ kernels if they can be had (``fastood info`` says why not);
+    everything else, float64 above all, takes the reference.
+
+    Raises:
+        ValueError: an unknown name; one that cannot compute these tensors.
+        BuildError: ``"cpu"`` is asked for and the extension cannot be built.
+    """
+    name = impl or os.environ.get("FASTOOD_IMPL") or None
+    if name is None:
+        fits = all(x is None or (x.is_cpu and x.dtype != torch.float64) for x in tensors)
+        return "cpu" if fits and loader.try_cpu() is not None else "reference"
+    source = "impl" if impl else "FASTOOD_IMPL"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{source}: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {name!r}"
+        )
+    if name == "reference":
+        return "reference"
+    if name != "cpu":
+        raise ValueError(f"{source}: {name!r} is not in this version; use 'cpu' or 'reference'")
+    for x in tensors:
+        if x is not None and not x.is_cpu:
+            raise ValueError(f"{source}: 'cpu' takes CPU tensors, got one on {x.device}")
+        if x is not None and x.dtype == torch.float64:
+            raise ValueError(
+                f"{source}: 'cpu' computes in float32, got a float64 tensor; "
+                "use impl='reference' or .float()"
+            )
+    loader.cpu()
+    return "cpu"
