@@ -64,6 +64,16 @@ static Tensor scores_of_rows(const Plan& plan, const OptionalTensor& image,
     return scores;
 }
 
+static std::tuple<Tensor, Tensor> scores_and_classes(const Plan& plan, const OptionalTensor& image,
+                                                     const OptionalTensor& panels,
+                                                     const OptionalTensor& similarity, int64_t K,
+                                                     bool normalize) {
+    Tensor scores;
+    Statistics statistics;
+    run_rows(plan, image, panels, similarity, K, normalize, &scores, &statistics);
+    return {scores, statistics.index.select(1, 0)};
+}
+
 }  // namespace fastood
 
 TORCH_LIBRARY_IMPL(fastood, CPU, m) {
@@ -100,7 +110,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::init<std::vector<double>,
                  const std::vector<std::tuple<int, int, int64_t, double, bool>>&, int64_t, bool>(),
         py::arg("taus"), py::arg("requests"), py::arg("c"), py::arg("moments"));
-    m.def("pack_text", &pack_text, no_gil);
+    m.def("pack_text", &pack_text, no_gil, py::arg("text"), py::arg("normalize"), py::arg("name"));
     m.def("row_scores", &scores_of_rows, no_gil, py::arg("plan"), py::arg("image"),
+          py::arg("panels"), py::arg("similarity"), py::arg("K"), py::arg("normalize"));
+    m.def("scores_and_classes", &scores_and_classes, no_gil, py::arg("plan"), py::arg("image"),
           py::arg("panels"), py::arg("similarity"), py::arg("K"), py::arg("normalize"));
 }

@@ -33,18 +33,21 @@ struct Statistics {
     Tensor values, index, rest, neg_entropy, variance;
 };
 
-inline Tensor pack_text(const Tensor& text_) {
-    const Tensor text = readable("text", text_, 2).to(at::kFloat);
-    const int64_t K = text.size(0), D = text.size(1);
-    const int64_t inner = round_up(D, CHUNK), panels = round_up(K, PANEL) / PANEL;
-    Tensor out = at::empty({panels, inner, PANEL}, text.options());
-    const float* from = text.const_data_ptr<float>();
+// (K, D), any float dtype, to panels; rows are checked, and normalised if asked.
+inline Tensor pack_text(const Tensor& text_, bool normalize, const char* name) {
+    const Tensor text = readable(name, text_, 2);
+    const int64_t K = text.size(0), D = text.size(1), panels = round_up(K, PANEL) / PANEL;
+    const Rows rows = rows_view(name, text);
+    const auto options = text.options().dtype(at::kFloat);
+    Tensor out = at::empty({panels, round_up(D, CHUNK), PANEL}, options);
+    const Tensor faults = at::empty({K}, options.dtype(at::kByte));
     float* to = out.data_ptr<float>();
-    parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
+    uint8_t* fault = faults.data_ptr<uint8_t>();
+    parallel_for(0, panels, 2, [&](int64_t begin, int64_t end) {
         const int64_t first = begin * PANEL, last = end * PANEL < K ? end * PANEL : K;
-        kernels().pack(from + first * text.stride(0), text.stride(0), last - first, D,
-                       to + first * inner);
+        kernels().pack(rows, normalize, first, last - first, to, fault);
     });
+    report(name, "features", faults);
     return out;
 }
 
@@ -120,7 +123,8 @@ inline FiveTensors row_statistics(const Tensor& image, const Tensor& text,
                                   const OptionalTensor& panels, at::ArrayRef<double> taus,
                                   int64_t c, bool moments) {
     Statistics s;
-    run_rows({taus.vec(), {}, c, moments}, image, panels.has_value() ? *panels : pack_text(text), {},
+    run_rows({taus.vec(), {}, c, moments}, image, 
+             panels.has_value() ? *panels : pack_text(text, false, "text"), {},
              text.size(0), false, nullptr, &s);
     return tuple_of(s);
 }
@@ -165,7 +169,7 @@ inline std::tuple<Tensor, Tensor> row_statistics_backward(
     const Tensor& index, const Tensor& tops, bool image_gradient, bool text_gradient) {
     const Tensor image = readable("image", image_, 2);
     const Tensor text = readable("text", text_, 2).to(at::kFloat);
-    const Tensor panels = panels_.has_value() ? *panels_ : pack_text(text);
+    const Tensor panels = panels_.has_value() ? *panels_ : pack_text(text, false, "text");
     const int64_t B = image.size(0), K = text.size(0), D = image.size(1);
     check_panels(panels, K, D);
     const std::vector<double> taus = taus_.vec();

@@ -94,7 +94,9 @@ struct EbmJob;              // ebm_job.h
 struct Kernels {
     const char* name;
     bool (*supported)();
-    void (*pack)(const float* text, int64_t stride, int64_t K, int64_t D, float* panels);
+    // classes first..first+count of (K, D), first a multiple of PANEL, into their panels
+    void (*pack)(const Rows& text, bool normalize, int64_t first, int64_t count, float* panels,
+                 uint8_t* faults);
     // (K, D) to panels of columns, [D padded / PANEL][K padded to CHUNK][PANEL]
     void (*spread)(const float* text, int64_t stride, int64_t K, int64_t D, float* columns);
     void (*rows)(const RowJob&, const Pool&);

@@ -105,16 +105,24 @@ static Packed pack_rows(const Rows& image, int64_t first, int64_t rows, bool nor
     return {packed, rows, inner};
 }
 
-// (K, D) row-major to panels [K / PANEL][D padded][PANEL], zeros around.
-static void pack_classes(const float* text, int64_t stride, int64_t K, int64_t D, float* panels) {
-    const int64_t inner = round_up(D, CHUNK);
-    for (int64_t first = 0; first < K; first += PANEL, panels += inner * PANEL) {
-        const int64_t n = K - first < PANEL ? K - first : PANEL;
-        std::memset(panels, 0, sizeof(float) * inner * PANEL);
+// Rows first..first+count of `text` (K, D), first a multiple of PANEL: checked, normalised and
+// packed into panels [K / PANEL][D padded][PANEL] with zeros around. faults may be null.
+static void pack_classes(const Rows& text, bool normalize, int64_t first, int64_t count,
+                         float* panels, uint8_t* faults) {
+    const int64_t inner = round_up(text.width, CHUNK);
+    float* rows = scratch(1, PANEL * inner);
+    for (int64_t k = first; k < first + count; k += PANEL) {
+        const int64_t n = first + count - k < PANEL ? first + count - k : PANEL;
         for (int64_t j = 0; j < n; ++j) {
-            const float* row = text + (first + j) * stride;
-            for (int64_t k = 0; k < D; ++k) panels[k * PANEL + j] = row[k];
+            float* row = rows + j * inner;
+            read_row(text, k + j, 0, text.width, inner, row);
+            if (faults != nullptr) faults[k + j] = prepare_row(row, inner, normalize);
         }
+        std::memset(rows + n * inner, 0, sizeof(float) * (PANEL - n) * inner);
+        float* panel = panels + k * inner;
+        for (int64_t d = 0; d < inner; d += CHUNK)  // a square at a time stays in L1
+            for (int64_t j = 0; j < PANEL; ++j)
+                for (int64_t i = d; i < d + CHUNK; ++i) panel[i * PANEL + j] = rows[j * inner + i];
     }
 }
 
