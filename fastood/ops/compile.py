@@ -138,7 +138,7 @@ def _run(scratch: Path, log: Path, compiler: str) -> int:
         folders.append(str(ninja.BIN_DIR))
     env = {
         **os.environ,
-        "CXX": compiler,
+        "CXX": _one_word(compiler, scratch),
         "PATH": os.pathsep.join([os.environ.get("PATH", os.defpath), *folders]),
         "PYTHONPATH": os.pathsep.join(str(Path(p).absolute()) for p in sys.path if p),
         "LC_ALL": "C",
@@ -156,12 +156,39 @@ def _run(scratch: Path, log: Path, compiler: str) -> int:
         try:
             return child.wait()
         finally:
-            if child.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
             if child.stdin is not None:
                 child.stdin.close()
+            _end(child)
+
+
+def _one_word(compiler: str, scratch: Path) -> str:
+    """``ccache g++`` as a program: several versions of torch take ``CXX`` for one file name."""
+    words = shlex.split(compiler)
+    if len(words) == 1:
+        return words[0]
+    program = scratch / "c++"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+    program.chmod(0o700)
+    return str(program)
+
+
+def _end(child: subprocess.Popen[bytes], patience: float = 2.0) -> None:
+    """End the second Python and what it started, if it has not ended by itself.
+
+    Ninja gives every compiler a process group of its own and ends them when it is asked to end
+    (SIGTERM); killed, it would leave them running.
+    """
+    if child.poll() is not None:
+        return
+    patient = time.monotonic() + patience
+    late = False
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
+        while not late:
+            late = time.monotonic() > patient
+            os.killpg(child.pid, signal.SIGKILL if late else signal.SIGTERM)
+            child.poll()
+            time.sleep(0.02)
+    child.wait()
 
 
 def _stop_if_just_failed(label: str, log: Path, asked: float) -> None:
@@ -179,7 +206,8 @@ def _failed(label: str, reason: str, log: Path) -> str:
 _CAUSES = (
     re.compile(r"^(?:.*?: )?((?:fatal )?error: .+)$", re.MULTILINE),  # gcc, clang, ninja
     re.compile(r"^.*?(undefined (?:symbol|reference).+)$", re.MULTILINE),
-    re.compile(r"^(?!Runtime)((?:\w+\.)*\w*Error: .+)$", re.MULTILINE),  # Python
+    re.compile(r"^((?:/bin/)?sh: .+)$", re.MULTILINE),
+    re.compile(r"^(?!Runtime|subprocess)((?:\w+\.)*\w*Error: .+)$", re.MULTILINE),  # Python
 )
 
 
@@ -212,15 +240,14 @@ def _child(folder: Path) -> None:
 
     def end_with_parent() -> None:
         os.read(0, 1)
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+        os.killpg(os.getpgrp(), signal.SIGTERM)  # ninja ends its compilers, then itself
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
     from torch.utils import cpp_extension
 
     task = json.loads((folder / "task.json").read_bytes())
-    compiler = shlex.split(os.environ["CXX"])
-    about = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    about = subprocess.run([os.environ["CXX"], "--version"], capture_output=True, text=True).stdout
     cflags = task["cflags"]
     if "clang" in about:
         # Its OpenMP calls another runtime than torch's, whose threads torch does not know:
