@@ -7,7 +7,9 @@
 
 #include <immintrin.h>
 
+#include "grouped_job.h"
 #include "kernels.h"
+#include "patch_job.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -36,10 +38,9 @@ const Kernels kernels_avx2 = {
     avx2::spread_classes,
     avx2::rows_kernel,
     avx2::rows_backward_kernel,
-    nullptr,  // grouped
-    nullptr,  // grouped_backward
-    nullptr,  // patches
-    nullptr,  // patches_backward
+    avx2::grouped_kernel,
+    avx2::grouped_backward_kernel,
+    avx2::patches_kernel,
     nullptr,  // ebm
 };
 

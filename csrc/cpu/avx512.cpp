@@ -7,7 +7,9 @@
 
 #include <immintrin.h>
 
+#include "grouped_job.h"
 #include "kernels.h"
+#include "patch_job.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
@@ -37,10 +39,9 @@ const Kernels kernels_avx512 = {
     avx512::spread_classes,
     avx512::rows_kernel,
     avx512::rows_backward_kernel,
-    nullptr,  // grouped
-    nullptr,  // grouped_backward
-    nullptr,  // patches
-    nullptr,  // patches_backward
+    avx512::grouped_kernel,
+    avx512::grouped_backward_kernel,
+    avx512::patches_kernel,
     nullptr,  // ebm
 };
 

@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "grouped_job.h"
 #include "kernels.h"
+#include "patch_job.h"
 
 #define FASTOOD_ISA generic
 #define FASTOOD_WIDTH 4
@@ -23,10 +25,9 @@ const Kernels kernels_generic = {
     generic::spread_classes,
     generic::rows_kernel,
     generic::rows_backward_kernel,
-    nullptr,  // grouped
-    nullptr,  // grouped_backward
-    nullptr,  // patches
-    nullptr,  // patches_backward
+    generic::grouped_kernel,
+    generic::grouped_backward_kernel,
+    generic::patches_kernel,
     nullptr,  // ebm
 };
 

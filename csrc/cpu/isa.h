@@ -12,6 +12,9 @@ namespace FASTOOD_ISA {
 #include "epilogue.h"
 #include "rows.h"
 #include "backward.h"
+#include "grouped.h"
+#include "grouped_backward.h"
+#include "patches.h"
 
 }  // namespace FASTOOD_ISA
 }  // namespace fastood

@@ -88,7 +88,6 @@ struct RowBackwardJob {
 struct GroupedJob;          // grouped_job.h
 struct GroupedBackwardJob;
 struct PatchJob;            // patch_job.h
-struct PatchBackwardJob;
 struct EbmJob;              // ebm_job.h
 
 struct Kernels {
@@ -104,7 +103,6 @@ struct Kernels {
     void (*grouped)(const GroupedJob&, const Pool&);
     void (*grouped_backward)(const GroupedBackwardJob&, const Pool&);
     void (*patches)(const PatchJob&, const Pool&);
-    void (*patches_backward)(const PatchBackwardJob&, const Pool&);
     void (*ebm)(const EbmJob&, const Pool&);
 };
 
