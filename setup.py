@@ -27,11 +27,12 @@ def prebuilt():
     spec.loader.exec_module(build)
 
     cpu = build.cpu_extension(root / "csrc")
+    flags = build.flags_for(cpu, build.version_of(os.environ.get("CXX", "c++")))
     extension = CppExtension(
         f"fastood.{cpu.name}",
         [str(source.relative_to(root)) for source in cpu.sources],
         include_dirs=[str(folder) for folder in cpu.include],
-        extra_compile_args=[*cpu.cflags, build.define_key(build.key(cpu))],
+        extra_compile_args=[*flags, build.define_key(build.key(cpu))],
         extra_link_args=list(cpu.ldflags),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}

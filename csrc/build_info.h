@@ -32,7 +32,7 @@ inline std::vector<int> parallel_threads() {
 }
 
 inline void add_build_info(pybind11::module_& m) {
-    m.attr("build_key") = FASTOOD_TEXT(FASTOOD_BUILD_KEY) + 1;
+    m.attr("build_key") = &FASTOOD_TEXT(FASTOOD_BUILD_KEY)[1];  // without its k
     m.attr("openmp") = parallel_runs();
     m.attr("compiler") = __VERSION__;
     m.def("parallel_threads", &parallel_threads, "The thread of each of get_num_threads() pieces");

@@ -12,6 +12,8 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
+import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -30,9 +32,11 @@ __all__ = [
     "cpu_extension",
     "csrc_folder",
     "define_key",
+    "flags_for",
     "instruction_set",
     "key",
     "torch_version",
+    "version_of",
 ]
 
 KEY_MARK = "fastood-build-key:"
@@ -145,6 +149,28 @@ def key(extension: Extension) -> str:
 def define_key(value: str) -> str:
     """The flag that bakes the key in; ``csrc/build_info.h`` writes it behind ``KEY_MARK``."""
     return f"-DFASTOOD_BUILD_KEY=k{value}"
+
+
+def flags_for(extension: Extension, compiler: str) -> list[str]:
+    """The compiler flags of ``extension`` that suit a compiler, by what it says of its version.
+
+    Clang's OpenMP calls another runtime than torch's, whose threads torch does not know: without
+    ``-fopenmp``, ``csrc/parallel.h`` starts torch's own.
+    """
+    if "clang" not in compiler:
+        return list(extension.cflags)
+    return [flag for flag in extension.cflags if flag not in ("-fopenmp", "-Wno-psabi")]
+
+
+def version_of(compiler: str) -> str:
+    """What a compiler says of its version, in one line; empty if it says nothing."""
+    try:
+        done = subprocess.run(
+            [*shlex.split(compiler), "--version"], capture_output=True, text=True, check=False
+        )
+    except (OSError, ValueError):
+        return ""
+    return " ".join(done.stdout.split("\n")[0].split())
 
 
 def build_folder() -> Path:

@@ -25,7 +25,15 @@ from typing import Any
 
 from fastood._version import __version__
 from fastood.errors import BuildError
-from fastood.ops.build import Extension, define_key, instruction_set, key, torch_version
+from fastood.ops.build import (
+    Extension,
+    define_key,
+    flags_for,
+    instruction_set,
+    key,
+    torch_version,
+    version_of,
+)
 from fastood.ops.buildstore import BuildStore, Built, unwritable
 
 __all__ = ["Built", "build", "find_compiler"]
@@ -89,11 +97,13 @@ def _compile(
     log = scratch / "build.log"
     _say(f"compiling fastood's {_label(extension)} kernels, once, about 30 s: log {log}")
     start = time.monotonic()
+    version = version_of(compiler)
+    cflags = flags_for(extension, version)
     task = {
         "name": extension.name,
         "sources": [str(source) for source in extension.sources],
         "include": [str(folder) for folder in extension.include],
-        "cflags": [*extension.cflags, define_key(wanted)],
+        "cflags": [*cflags, define_key(wanted)],
         "ldflags": list(extension.ldflags),
     }
     (scratch / "task.json").write_text(json.dumps(task), encoding="utf-8")
@@ -115,7 +125,8 @@ def _compile(
         "torch": torch_version()[0],
         "python": sys.version.split()[0],
         "instruction_set": instruction_set(),
-        "cflags": list(extension.cflags),
+        "compiler": version,
+        "cflags": cflags,
         "ldflags": list(extension.ldflags),
         "sources": sorted(source.name for source in extension.sources),
         "seconds": round(time.monotonic() - start, 1),
@@ -247,26 +258,17 @@ def _child(folder: Path) -> None:
     from torch.utils import cpp_extension
 
     task = json.loads((folder / "task.json").read_bytes())
-    about = subprocess.run([os.environ["CXX"], "--version"], capture_output=True, text=True).stdout
-    cflags = task["cflags"]
-    if "clang" in about:
-        # Its OpenMP calls another runtime than torch's, whose threads torch does not know:
-        # csrc/parallel.h starts torch's own instead.
-        cflags = [flag for flag in cflags if flag not in ("-fopenmp", "-Wno-psabi")]
     module = cpp_extension.load(
         task["name"],
         task["sources"],
-        extra_cflags=cflags,
+        extra_cflags=task["cflags"],
         extra_ldflags=task["ldflags"],
         extra_include_paths=task["include"],
         build_directory=str(folder),
         with_cuda=False,
         verbose=True,
     )
-    result = {
-        "compiler": " ".join(about.split("\n")[0].split()),
-        "openmp": getattr(module, "openmp", None),
-    }
+    result = {"openmp": getattr(module, "openmp", None)}
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 

@@ -141,6 +141,14 @@ def test_the_cpu_extension_names_what_is_there():
     assert "-fopenmp" not in extension.ldflags  # it would link a second libgomp
 
 
+def test_clang_does_not_bring_its_own_openmp():
+    """Its threads would all be thread 0 to torch, and ranges would be computed twice or never."""
+    extension = cpu_extension()
+    assert "-fopenmp" in spec.flags_for(extension, "g++ (Debian 12.2.0) 12.2.0")
+    assert "-fopenmp" not in spec.flags_for(extension, "Debian clang version 16.0.6")
+    assert spec.version_of("/nothing/c++") == ""
+
+
 def test_cuda_headers_do_not_change_the_cpu_key(tmp_path):
     for name in ("bind.cpp", "cpu/a.cpp", "cpu/a.h", "common/b.h", "cuda/c.h", "cuda/c.cu"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
