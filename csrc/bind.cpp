@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cmath>
 
+#include "bind/grouped.h"
+#include "bind/patches.h"
 #include "bind/rows.h"
 #include "build_info.h"
 
@@ -56,22 +58,16 @@ Pool pool() {
 }
 
 // For Python in eager mode without gradients: past the dispatcher, which costs several microseconds.
-static Tensor scores_of_rows(const Plan& plan, const OptionalTensor& image,
-                             const OptionalTensor& panels, const OptionalTensor& similarity,
-                             int64_t K, bool normalize) {
+static std::tuple<Tensor, OptionalTensor> row_scores(
+    const Plan& plan, const OptionalTensor& image, const OptionalTensor& panels,
+    const OptionalTensor& similarity, int64_t K, bool normalize, bool classes,
+    const std::string& name, int64_t per_row) {
     Tensor scores;
-    run_rows(plan, image, panels, similarity, K, normalize, &scores, nullptr);
-    return scores;
-}
-
-static std::tuple<Tensor, Tensor> scores_and_classes(const Plan& plan, const OptionalTensor& image,
-                                                     const OptionalTensor& panels,
-                                                     const OptionalTensor& similarity, int64_t K,
-                                                     bool normalize) {
-    Tensor scores;
-    Statistics statistics;
-    run_rows(plan, image, panels, similarity, K, normalize, &scores, &statistics);
-    return {scores, statistics.index.select(1, 0)};
+    Statistics found;
+    found.whole = false;
+    run_rows(plan, image, panels, similarity, K, normalize, &scores, classes ? &found : nullptr,
+             name, per_row);
+    return {scores, classes ? OptionalTensor(found.index.select(1, 0)) : OptionalTensor()};
 }
 
 }  // namespace fastood
@@ -81,6 +77,9 @@ TORCH_LIBRARY_IMPL(fastood, CPU, m) {
     m.impl("row_statistics_backward", &fastood::row_statistics_backward);
     m.impl("similarity_statistics", &fastood::similarity_statistics);
     m.impl("similarity_statistics_backward", &fastood::similarity_statistics_backward);
+    m.impl("grouped", &fastood::grouped);
+    m.impl("grouped_backward", &fastood::grouped_backward);
+    m.impl("patch_entropy", &fastood::patch_entropy);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -111,8 +110,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                  const std::vector<std::tuple<int, int, int64_t, double, bool>>&, int64_t, bool>(),
         py::arg("taus"), py::arg("requests"), py::arg("c"), py::arg("moments"));
     m.def("pack_text", &pack_text, no_gil, py::arg("text"), py::arg("normalize"), py::arg("name"));
-    m.def("row_scores", &scores_of_rows, no_gil, py::arg("plan"), py::arg("image"),
-          py::arg("panels"), py::arg("similarity"), py::arg("K"), py::arg("normalize"));
-    m.def("scores_and_classes", &scores_and_classes, no_gil, py::arg("plan"), py::arg("image"),
-          py::arg("panels"), py::arg("similarity"), py::arg("K"), py::arg("normalize"));
+    m.def("row_scores", &row_scores, no_gil, py::arg("plan"), py::arg("image"), py::arg("panels"),
+          py::arg("similarity"), py::arg("K"), py::arg("normalize"), py::arg("classes"),
+          py::arg("name"), py::arg("per_row"));
+    m.def("grouped_scores", &grouped_scores, no_gil, py::arg("image"), py::arg("panels"),
+          py::arg("negatives"), py::arg("K"), py::arg("G"), py::arg("m"), py::arg("full"),
+          py::arg("tau"), py::arg("normalize"));
 }

@@ -24,14 +24,19 @@ struct Plan {
         for (const auto& [score, tau, count, reset, flag] : asked) {
             TORCH_CHECK_VALUE(tau >= 0 && tau < static_cast<int>(taus.size()) && count <= c,
                               "requests: out of range of the plan");
-            requests.push_back({static_cast<Score>(score), tau, count, reset, flag});
+            // where a similarity equals its reset the change is zero, not the rounding of the reset
+            requests.push_back({static_cast<Score>(score), tau, count,
+                                static_cast<double>(static_cast<float>(reset)), flag});
         }
     }
 };
 
 struct Statistics {
     Tensor values, index, rest, neg_entropy, variance;
+    bool whole = true;  // of exactly c values; otherwise what came with some scores
 };
+
+constexpr int64_t HELD = 4;
 
 // (K, D), any float dtype, to panels; rows are checked, and normalised if asked.
 inline Tensor pack_text(const Tensor& text_, bool normalize, const char* name) {
@@ -59,9 +64,10 @@ inline void check_panels(const Tensor& panels, int64_t K, int64_t D) {
 }
 
 // One of (image, panels) or similarity. `scores` (R, B) and `statistics` are written if wanted.
+// Errors speak of `name`, whose rows are `per_row` rows here (the patches of an image).
 inline void run_rows(const Plan& plan, const OptionalTensor& image_, const OptionalTensor& panels,
                      const OptionalTensor& similarity_, int64_t K, bool normalize, Tensor* scores,
-                     Statistics* statistics) {
+                     Statistics* statistics, const std::string& name = "", int64_t per_row = 1) {
     RowJob job{};
     const bool given = similarity_.has_value();
     Tensor x = given ? readable("similarity", *similarity_, 2) : readable("image", *image_, 2);
@@ -79,7 +85,10 @@ inline void run_rows(const Plan& plan, const OptionalTensor& image_, const Optio
     const int64_t B = x.size(0), T = static_cast<int64_t>(plan.taus.size());
     job.normalize = normalize;
     job.K = K;
-    job.c = plan.c;
+    // Scores alone hold some top values always: how the rest is summed, hence the last digit of a
+    // score, then does not depend on what else is asked.
+    const int64_t held = statistics == nullptr || !statistics->whole ? std::max(plan.c, HELD) : plan.c;
+    job.c = held < K ? held : K;
     job.T = static_cast<int>(T);
     job.taus = plan.taus.data();
     job.moments = plan.moments;
@@ -92,8 +101,8 @@ inline void run_rows(const Plan& plan, const OptionalTensor& image_, const Optio
     }
     if (statistics != nullptr) {
         Statistics& s = *statistics;
-        s.values = at::empty({B, plan.c}, options);
-        s.index = at::empty({B, plan.c}, options.dtype(at::kLong));
+        s.values = at::empty({B, job.c}, options);
+        s.index = at::empty({B, job.c}, options.dtype(at::kLong));
         s.rest = at::empty({B, T}, options.dtype(at::kDouble));
         s.neg_entropy = at::empty({B, plan.moments ? T : 0}, options);
         s.variance = at::empty({B, plan.moments ? T : 0}, options);
@@ -108,7 +117,8 @@ inline void run_rows(const Plan& plan, const OptionalTensor& image_, const Optio
     const Tensor faults = at::empty({B}, options.dtype(at::kByte));
     job.faults = faults.data_ptr<uint8_t>();
     kernels().rows(job, pool());
-    report(given ? "similarity" : "image", given ? "values" : "features", faults);
+    const std::string what = !name.empty() ? name : given ? "similarity" : "image";
+    report(what.c_str(), given ? "values" : "features", faults, per_row);
 }
 
 // ---------------------------------------------------------------- operators (schemas: ops/rows.py)

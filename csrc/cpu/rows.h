@@ -44,7 +44,7 @@ static void take_span(const RowJob& job, const Scale* scales, float* s, int64_t 
     Best* tops = st.tops + row * c;
     Rest* rests = st.rests + row * job.T;
     int64_t& held = st.held[row];
-    if (first == 0 && job.moments) st.centres[row] = mean_of(s, n);
+    if (first == 0) st.centres[row] = mean_of(s, n);
     const float centre = st.centres[row];
 
     const int64_t own = c < n ? c : n;
@@ -71,11 +71,15 @@ static void take_span(const RowJob& job, const Scale* scales, float* s, int64_t 
         const Scale& scale = scales[t];
         Rest sums;
         if (rest > 0) {
-            const bool near = job.moments && (next - centre) * scale.inverse <= CENTRED_RANGE &&
+            // not only where moments need it: a score is the same whatever is asked with it
+            const bool near = (next - centre) * scale.inverse <= CENTRED_RANGE &&
                               (centre - lowest) * scale.inverse <= CENTRED_RANGE;
-            sums = near          ? sums_of<true, true>(s, rest, centre, scale)
-                   : job.moments ? sums_of<false, true>(s, rest, next, scale)
-                                 : sums_of<false, false>(s, rest, next, scale);
+            if (job.moments)
+                sums = near ? sums_of<true, true>(s, rest, centre, scale)
+                            : sums_of<false, true>(s, rest, next, scale);
+            else
+                sums = near ? sums_of<true, false>(s, rest, centre, scale)
+                            : sums_of<false, false>(s, rest, next, scale);
         }
         rests[t] = first == 0 ? sums : merged(rests[t], sums, scale.inverse);
     }

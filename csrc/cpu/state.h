@@ -8,7 +8,7 @@
 struct Rest {
     double z = 0;          // sum p
     float shift = 0;       // the largest of the rest, or the row's centre if `centred`
-    bool centred = false;  // every |y| <= 20 about the centre: e = p - 1 keeps its digits
+    bool centred = false;  // every |y| <= 20 about the centre, where e = p - 1 keeps its digits
     double n = 0, y = 0, e = 0, ye = 0, ee = 0;  // centred: how many, sums of y, e, y e, e e
     double yp = 0, pp = 0;                       // otherwise: sums of y p and p p
 };
@@ -100,7 +100,7 @@ template <bool CENTRED, bool MOMENTS, bool MASK>
 static inline void add_lane(Sums& t, vf s, vf shift, const Scale& scale, vf hi, vf lo,
                             lanes_i32 mask) {
     const vf y = keep<MASK>(larger(s - shift, all(scale.lowest)), mask);
-    if (CENTRED) {
+    if (CENTRED && MOMENTS) {
         const Power power = power_of_two(y, hi, lo);
         const vf p = keep<MASK>(fma(power.fraction, power.whole, power.whole), mask);
         const vf e = fma(power.fraction, power.whole, power.whole - all(1.0f));
@@ -137,7 +137,7 @@ static Rest sums_of(const float* s, int64_t n, float shift, const Scale& scale) 
     r.shift = shift;
     r.centred = CENTRED;
     r.z = sum(a.p + b.p);
-    if (CENTRED) {
+    if (CENTRED && MOMENTS) {
         r.n = static_cast<double>(n);
         r.y = sum(a.y + b.y) * scale.inverse;
         r.e = sum(a.e + b.e);

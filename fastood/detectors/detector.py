@@ -19,6 +19,7 @@ from fastood.features.featureset import FeatureSet
 from fastood.models.base import ImageFeatures
 from fastood.scores.bank import Similarities
 from fastood.scores.many import score as score_features
+from fastood.scores.many import scores_of_similarities
 from fastood.scores.registry import SCORES
 from fastood.scores.result import ScoreKey, Scores
 
@@ -149,9 +150,9 @@ class Detector(Configured):
         if self.needs_local and local is None:
             raise ValueError(f"{self.score}: needs patch similarities; give local=(B, P, K)")
         with torch.no_grad():
-            found = Similarities(similarity, local)
-            value = SCORES[self.score].compute(found, None, **self.options)
-        return -require_finite_scores(self.score, value)
+            asked = {self.score: (SCORES[self.score], self.options)}
+            found = scores_of_similarities(asked, Similarities(similarity, local))
+        return -require_finite_scores(self.score, found.values[self.score])
 
     def confidence(self, images: Tensor) -> Tensor:
         """(B,) scores of images, **higher = ID**: exactly what the functional score returns."""
@@ -165,7 +166,8 @@ class Detector(Configured):
         features, local = self._checked(features, local)
         if self._fitted is not None:
             compute = SCORES[self.score].compute
-            value = compute(None, features, fit=self._fitted.bank, **self.options)
+            assert compute is not None  # a score that is fitted has one
+            value = compute(features, fit=self._fitted.bank, **self.options)
         else:
             value = score_features(
                 features,

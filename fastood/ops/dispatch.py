@@ -27,19 +27,15 @@ def choose(impl: str | None, *tensors: Tensor | None) -> Literal["reference", "c
         ValueError: an unknown name; one that cannot compute these tensors.
         BuildError: ``"cpu"`` is asked for and the extension cannot be built.
     """
-    name = impl or os.environ.get("FASTOOD_IMPL") or None
+    name = _asked(impl)
     if name is None:
-        fits = all(x is None or (x.is_cpu and x.dtype != torch.float64) for x in tensors)
-        return "cpu" if fits and loader.try_cpu() is not None else "reference"
-    source = "impl" if impl else "FASTOOD_IMPL"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"{source}: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {name!r}"
-        )
+        for x in tensors:
+            if x is not None and not (x.is_cpu and x.dtype != torch.float64):
+                return "reference"
+        return "cpu" if _have_cpu() else "reference"
     if name == "reference":
         return "reference"
-    if name != "cpu":
-        raise ValueError(f"{source}: {name!r} is not in this version; use 'cpu' or 'reference'")
+    source = "impl" if impl else "FASTOOD_IMPL"
     for x in tensors:
         if x is not None and not x.is_cpu:
             raise ValueError(f"{source}: 'cpu' takes CPU tensors, got one on {x.device}")
@@ -48,5 +44,31 @@ def choose(impl: str | None, *tensors: Tensor | None) -> Literal["reference", "c
                 f"{source}: 'cpu' computes in float32, got a float64 tensor; "
                 "use impl='reference' or .float()"
             )
-    loader.cpu()
+    _require_cpu()
     return "cpu"
+
+
+# What follows is asked of the world, not of tensors: torch.compile takes the answers as constants.
+
+
+@torch.compiler.assume_constant_result
+def _asked(impl: str | None) -> str | None:
+    name = impl or os.environ.get("FASTOOD_IMPL") or None
+    source = "impl" if impl else "FASTOOD_IMPL"
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{source}: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {name!r}"
+        )
+    if name in ("triton", "cuda"):
+        raise ValueError(f"{source}: {name!r} is not in this version; use 'cpu' or 'reference'")
+    return name
+
+
+@torch.compiler.assume_constant_result
+def _have_cpu() -> bool:
+    return loader.try_cpu() is not None
+
+
+@torch.compiler.assume_constant_result
+def _require_cpu() -> None:
+    loader.cpu()

@@ -26,8 +26,8 @@ class RowStatistics(NamedTuple):
 
     values: Tensor
     """(B, c) the c largest s, descending."""
-    index: Tensor
-    """(B, c) int64, their classes; equal values in order of class index."""
+    classes: Tensor
+    """(B, c) int64, whose they are; equal values in order of class index."""
     rest: Tensor
     """(B, T) float64: log Σ exp((s_k - s(1)) / tau) over all classes but those c; -inf if none."""
     neg_entropy: Tensor
@@ -124,7 +124,9 @@ def _gradient_rows(
     g = torch.zeros_like(s)
     for t, tau in enumerate(taus):
         a, b, e2 = (coefficients[:, t, i, None].to(s.dtype) for i in range(3))
-        e = ((s - shift[:, t, None]) / tau).clamp(max=80.0).exp()  # larger only where tops replace it
+        e = (
+            ((s - shift[:, t, None]) / tau).clamp(max=80.0).exp()
+        )  # larger only where tops replace it
         g = g + e * (a + b * (s - best[:, None]) / tau + e2 * e)
     return g.scatter(-1, index, tops.to(s.dtype))
 
@@ -205,9 +207,7 @@ def _fake_similarity(
     return _fake_outputs(similarity.shape[0], similarity, taus, c, moments)
 
 
-def _fake_row_backward(
-    image: Tensor, text: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _fake_row_backward(image: Tensor, text: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     image_gradient, text_gradient = rest[-2:]
     dtype = torch.float64 if text.dtype == torch.float64 else torch.float32
     d_image = text.new_empty(image.shape if image_gradient else (0,), dtype=dtype)
@@ -244,18 +244,20 @@ def _gradient_of(
     g_values, _, g_rest, g_entropy, g_variance = upstream
     best = values[:, 0]
     tops = torch.zeros_like(values) if g_values is None else g_values.double()
-    first = tops[:, 0]
+    of_best = torch.zeros_like(best)  # every rest is relative to the largest
     shifts, coefficients = [], []
     for t, tau in enumerate(taus):
         rest = statistics.rest[:, t].double()
         finite = torch.where(torch.isfinite(rest), rest, torch.zeros_like(rest))
         shift = (best + tau * finite).to(statistics.values.dtype)
-        offset = (shift.double() - best) / tau  # exp((s - s(1)) / tau) = exp((s - shift) / tau + offset)
+        offset = (
+            shift.double() - best
+        ) / tau  # exp((s - s(1)) / tau) = exp((s - shift) / tau + offset)
         a = torch.zeros_like(best)
         b, e2 = torch.zeros_like(best), torch.zeros_like(best)
         if g_rest is not None:
             a = a + g_rest[:, t] / tau * (offset - finite).exp()
-            first = first - g_rest[:, t] / tau
+            of_best = of_best - g_rest[:, t] / tau
         if statistics.neg_entropy.shape[1] and (g_entropy is not None or g_variance is not None):
             d = (values - best[:, None]) / tau
             log_z = (d.exp().sum(dim=1) + rest.exp()).log()
@@ -275,15 +277,15 @@ def _gradient_of(
                 tops = tops + g[:, None] * p * (p - q[:, None])
         shifts.append(shift)
         coefficients.append(torch.stack([a, b, e2], dim=1))
-    # `first` started as a copy of column 0: put what was added to it into place
-    own = 0.0 if g_values is None else g_values[:, 0].double()
-    tops = torch.cat([tops[:, :1] + (first - own)[:, None], tops[:, 1:]], dim=1)
+    tops = torch.cat([tops[:, :1] + of_best[:, None], tops[:, 1:]], dim=1)
     dtype = statistics.values.dtype
     none = statistics.values.new_zeros(len(best), 0)
     return _Gradient(
         statistics.values[:, 0].contiguous(),
         torch.stack(shifts, dim=1) if shifts else none,
-        (torch.stack(coefficients, dim=1) if coefficients else none[..., None]).to(dtype).contiguous(),
+        (torch.stack(coefficients, dim=1) if coefficients else none[..., None])
+        .to(dtype)
+        .contiguous(),
         tops.to(dtype).contiguous(),
     )
 
@@ -307,7 +309,7 @@ def _backward_row(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ..
         g.best,
         g.shift,
         g.coefficients,
-        found.index,
+        found.classes,
         g.tops,
         ctx.needs_input_grad[0],
         ctx.needs_input_grad[1],
@@ -334,13 +336,15 @@ def _backward_similarity(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | N
     found = RowStatistics(*output)
     g = _gradient_of(found, upstream, ctx.taus, similarity.shape[1])
     d = torch.ops.fastood.similarity_statistics_backward(
-        similarity, ctx.taus, g.best, g.shift, g.coefficients, found.index, g.tops
+        similarity, ctx.taus, g.best, g.shift, g.coefficients, found.classes, g.tops
     )
     return d.to(similarity.dtype), None, None, None
 
 
 _OUTPUTS = "(Tensor values, Tensor index, Tensor rest, Tensor neg_entropy, Tensor variance)"
-_GRADIENT = "float[] taus, Tensor best, Tensor shift, Tensor coefficients, Tensor index, Tensor tops"
+_GRADIENT = (
+    "float[] taus, Tensor best, Tensor shift, Tensor coefficients, Tensor index, Tensor tops"
+)
 
 define(
     f"row_statistics(Tensor image, Tensor text, Tensor? panels, float[] taus, int c, bool moments)"

@@ -19,7 +19,7 @@ from fastood.pipeline.heads import build_head
 from fastood.pipeline.methods import Fits, check_methods, split_fit_options
 from fastood.scores.bank import ClassBank, Head
 from fastood.scores.fitted import FIT_OPTIONS
-from fastood.scores.many import similarity_blocks
+from fastood.scores.many import scores_of_features
 from fastood.scores.registry import SCORES, Methods, default_methods, entries, resolve
 from fastood.scores.result import ScoreKey, Scores
 
@@ -247,15 +247,16 @@ class Pipeline:
                 local = (
                     chunk.local.to(device) if self.wants_local and chunk.local is not None else None
                 )
-                for z, s in similarity_blocks(self.head, image, local):
-                    if self._names is not None and s.image.shape[-1] != len(self._names):
-                        raise ValueError(
-                            f"class_names: expected one for each of {s.image.shape[-1]} classes "
-                            f"of the head, got {len(self._names)}"
-                        )
-                    predicted.append(s.image.argmax(dim=-1).cpu().numpy())
-                    for label, (spec, options) in self._methods.items():
-                        parts[label].append(spec.compute(s, z, **options).cpu().numpy())
+                found = scores_of_features(self._methods, self.head, image, local, classes=True)
+                if self._names is not None and found.k != len(self._names):
+                    raise ValueError(
+                        f"class_names: expected one for each of {found.k} classes of the head, "
+                        f"got {len(self._names)}"
+                    )
+                if found.classes is not None:
+                    predicted.append(found.classes.cpu().numpy())
+                for label, values in found.values.items():
+                    parts[label].append(values.cpu().numpy())
         return ScoredSet(
             features,
             np.concatenate(predicted),

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fastood.ops.fused import pack_text
 from fastood.scores.inputs import (
     check_count,
     check_features,
@@ -63,6 +64,7 @@ class ClassBank:
         text: (K, D), unit rows, float32 (float64 if given so).
         negatives: (G, m, D) or None.
         permutation: (M') int64 row numbers of ``negatives`` in group order, or None.
+        full_groups: groups of m; the last row of the others is padding.
 
     Raises:
         ValueError: on K = 0, mismatched D, NaN, Inf or zero rows, G > M.
@@ -85,15 +87,19 @@ class ClassBank:
     ) -> None:
         self.text = _prepare("text", text, normalize)
         self.normalize = normalize
+        self._panels: Tensor | None = None
+        self._negative_panels: Tensor | None = None
         self.negatives: Tensor | None = None
         self.permutation: Tensor | None = None
         self._padding: Tensor | None = None
+        self.full_groups = 0
         if negatives is not None:
             rows = _prepare("negatives", negatives, normalize)
             check_width(self.text, rows, ("text", "negatives"))
             index, padding = group_negatives(len(rows), groups, seed=seed, remainder=remainder)
             self.permutation = index[~padding]
             self._padding = padding.to(rows.device) if bool(padding.any()) else None
+            self.full_groups = int((~padding).all(dim=1).sum())
             self.negatives = rows[index.to(rows.device)]
 
     def __len__(self) -> int:
@@ -107,10 +113,38 @@ class ClassBank:
     def device(self) -> torch.device:
         return self.text.device
 
+    @property
+    def panels(self) -> Tensor:
+        """The classes packed for the fused CPU kernels, at first use (as large as ``text``)."""
+        if self._panels is None:
+            self._panels = pack_text(self.text, normalize=False)
+        return self._panels
+
+    @property
+    def negative_panels(self) -> Tensor:
+        """The (G m, D) rows of the groups packed likewise, padding included."""
+        if self.negatives is None:
+            raise ValueError("negatives: this ClassBank holds none; build it with negatives=...")
+        if self._negative_panels is None:
+            rows = self.negatives.flatten(0, 1)
+            self._negative_panels = pack_text(rows, normalize=False, name="negatives")
+        return self._negative_panels
+
+    @property
+    def packed_negatives(self) -> Tensor | None:
+        """``negative_panels`` if there already are any."""
+        return self._negative_panels
+
+    @property
+    def packed(self) -> Tensor | None:
+        """``panels`` if there already are any: a compiled graph cannot make them."""
+        return self._panels
+
     def to(self, *args: Any, **kwargs: Any) -> ClassBank:
         """A bank on another device or in another float dtype; the permutation stays."""
         moved = object.__new__(ClassBank)
         moved.__dict__.update(self.__dict__)
+        moved._panels = moved._negative_panels = None
         moved.text = self.text.to(*args, **kwargs)
         if self.negatives is not None:
             moved.negatives = self.negatives.to(*args, **kwargs)

@@ -7,8 +7,18 @@ from typing import Literal
 from torch import Tensor
 
 from fastood import reference
+from fastood.ops.dispatch import choose
+from fastood.ops.fused import differentiable
+from fastood.ops.grouped import grouped_graph, grouped_scores
 from fastood.scores.bank import ClassBank
-from fastood.scores.inputs import check_tau
+from fastood.scores.inputs import (
+    check_features,
+    check_tau,
+    check_tensor,
+    check_width,
+    unit_rows,
+    working,
+)
 from fastood.scores.row import Text
 
 __all__ = ["neg_label"]
@@ -24,6 +34,7 @@ def neg_label(
     seed: int | None = 0,
     remainder: Literal["drop", "spread"] = "drop",
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """NegLabel: how much of the softmax over classes and negative labels falls on the classes.
 
@@ -38,6 +49,8 @@ def neg_label(
         negatives: (M, D) features of the negative labels (omit with such a bank).
         tau: 1/γ of the model, > 0.
         groups, seed, remainder: see ``ClassBank``.
+        impl: None picks the fused CPU kernel where it applies (float32, bfloat16, float16 on CPU),
+            else the reference; ``"reference"`` or ``"cpu"`` force one.
     Returns:
         (B,) in (0, 1); higher means in-distribution. Very confident images round to 1 in float32
         (as they do for ``msp``): they tie at the in-distribution end, far from any threshold.
@@ -51,7 +64,7 @@ def neg_label(
             raise ValueError(
                 "negatives: the ClassBank decides; give them to ClassBank(...) instead"
             )
-        bank = text if normalize else text.as_is()
+        bank = text
     elif negatives is None:
         raise ValueError("negatives: expected (M, D) features of negative labels, got None")
     else:
@@ -63,7 +76,38 @@ def neg_label(
             remainder=remainder,
             normalize=normalize,
         )
-    s = bank.similarities(image)
-    if s.negatives is None:
+    if bank.negatives is None:
         raise ValueError("negatives: this ClassBank holds none; build it with negatives=...")
+    check_tensor("image", image, (2,), "(B, D)")
+    check_width(image, bank.text)
+    if choose(impl, image, bank.text, bank.negatives) == "cpu":
+        return _by_kernel(image, bank, bank.negatives, tau, normalize and bank.normalize)
+    s = (bank if normalize else bank.as_is()).similarities(image)
+    assert s.negatives is not None  # the bank holds some
     return reference.neg_label(s.image, s.negatives, tau)
+
+
+def _by_kernel(
+    image: Tensor, bank: ClassBank, negatives: Tensor, tau: float, normalize: bool
+) -> Tensor:
+    if not differentiable(image, bank.text, negatives):
+        return grouped_scores(
+            image,
+            bank.panels,
+            bank.negative_panels,
+            k=len(bank),
+            shape=(negatives.shape[0], negatives.shape[1]),
+            full=bank.full_groups,
+            tau=tau,
+            normalize=normalize,
+        )
+    z = working(check_features("image", image, (2,), "(B, D)"))
+    return grouped_graph(
+        unit_rows(z) if normalize else z,
+        bank.text,
+        negatives,
+        full=bank.full_groups,
+        tau=tau,
+        panels=bank.packed,
+        negative_panels=bank.packed_negatives,
+    )

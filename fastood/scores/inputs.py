@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_tensor",
     "check_width",
     "matmul_classes",
+    "row_blocks",
     "unit_rows",
     "working",
 ]
@@ -139,6 +141,13 @@ def check_width(image: Tensor, text: Tensor, names: tuple[str, str] = ("image", 
             f"{second}: expected on {image.device} like {first}, got {text.device}; "
             f"use {second}.to({str(image.device)!r})"
         )
+
+
+def row_blocks(b: int, per_row: int) -> Iterator[slice]:
+    """Rows so many at a time that a block holds at most ``BLOCK`` numbers; one block for B = 0."""
+    step = max(1, BLOCK // max(1, per_row))
+    for start in range(0, max(1, b), step):
+        yield slice(start, min(start + step, b))
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -9,22 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastood import reference
-from fastood.scores.bank import Similarities
+from fastood.ops.requests import Kind, Request
 from fastood.scores.fitted import knn, mahalanobis
 from fastood.scores.inputs import check_count, check_scalar, check_tau
-from fastood.scores.local import gl_mcm, l_mcm
-from fastood.scores.row import (
-    delta_energy,
-    energy,
-    margin,
-    max_logit,
-    max_similarity,
-    mcm,
-    msp,
-    neg_entropy,
-    variance,
-)
 
 __all__ = ["SCORES", "Methods", "ScoreSpec", "default_methods", "entries", "resolve"]
 
@@ -42,107 +29,113 @@ class ScoreSpec:
         options: the options it takes, with the functional defaults.
         formula: one line, for reports.
         source: the paper.
+        request: from its options, where it is a global score of one row of similarities.
+        compute: from image features and options, where it is computed from a fit.
         model_tau: True where the field sets tau to 1/γ of the model rather than to 1.
         needs: ``"local"``, ``"negatives"`` or ``"fit"`` where similarities alone do not do.
     """
 
     name: str
-    compute: Callable[..., Tensor] = field(repr=False)
     options: Mapping[str, Any]
     formula: str
     source: str
+    request: Callable[..., Request] | None = field(default=None, repr=False)
+    compute: Callable[..., Tensor] | None = field(default=None, repr=False)
     model_tau: bool = False
     needs: str | None = None
 
 
-def _row(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def compute(s: Similarities, image: Tensor | None, **options: Any) -> Tensor:
-        del image
-        return function(similarity=s.image, **options)
+def _row(kind: Kind) -> Callable[..., Request]:
+    def request(*, tau: float = 1.0) -> Request:
+        return Request(kind, tau)
 
-    return compute
-
-
-def _l_mcm(s: Similarities, image: Tensor | None, **options: Any) -> Tensor:
-    del image
-    return l_mcm(similarity=s.local, **options)
+    return request
 
 
-def _gl_mcm(s: Similarities, image: Tensor | None, **options: Any) -> Tensor:
-    del image
-    return gl_mcm(similarity=s.image, local_similarity=s.local, **options)
+def _energy(*, tau: float, scale: str) -> Request:
+    return Request(Kind.ENERGY, tau, flag=scale == "unit")
 
 
-def _neg_label(s: Similarities, image: Tensor | None, *, tau: float) -> Tensor:
-    del image
-    if s.negatives is None:  # resolve() has seen to it; for callers that come here directly
-        raise ValueError("negatives: neg_label needs a ClassBank built with negatives=...")
-    return reference.neg_label(s.image, s.negatives, check_tau(tau))
+def _margin(*, tau: float | None) -> Request:
+    return Request(Kind.MARGIN, 1.0 if tau is None else tau, c=2, flag=tau is not None)
 
 
-def _fitted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def compute(s: Similarities, image: Tensor | None, *, fit: Any, **options: Any) -> Tensor:
-        del s
-        return function(image, fit, **options)
+def _delta_energy(*, tau: float, c: int, reset: float, joint: bool) -> Request:
+    return Request(Kind.DELTA_ENERGY, tau, c, reset, joint)
 
-    return compute
+
+def _mahalanobis(image: Tensor, *, fit: Any) -> Tensor:
+    return mahalanobis(image, fit)
+
+
+def _knn(image: Tensor, *, fit: Any, k: int) -> Tensor:
+    return knn(image, fit, k=k)
 
 
 _SPECS = (
-    ScoreSpec("max_similarity", _row(max_similarity), {}, "max_k s_k", "arXiv 2306.06048 (S_MS)"),
     ScoreSpec(
-        "mcm", _row(mcm), {"tau": 1.0}, "max_k softmax_k(s / tau)", "arXiv 2211.13445 (S_MCM)"
+        "max_similarity",
+        {},
+        "max_k s_k",
+        "arXiv 2306.06048 (S_MS)",
+        _row(Kind.MAX_SIMILARITY),
+    ),
+    ScoreSpec(
+        "mcm",
+        {"tau": 1.0},
+        "max_k softmax_k(s / tau)",
+        "arXiv 2211.13445 (S_MCM)",
+        _row(Kind.MAX_SOFTMAX),
     ),
     ScoreSpec(
         "msp",
-        _row(msp),
         {"tau": 0.01},
         "max_k softmax_k(s / tau)",
         "arXiv 1610.02136 (S_MSP)",
+        _row(Kind.MAX_SOFTMAX),
         model_tau=True,
     ),
     ScoreSpec(
         "energy",
-        _row(energy),
         {"tau": 0.01, "scale": "tau"},
         "tau log Σ_k exp(s_k / tau)",
         "arXiv 2010.03759",
+        _energy,
         model_tau=True,
     ),
     ScoreSpec(
         "delta_energy",
-        _row(delta_energy),
         {"tau": 0.01, "c": 1, "reset": 0.0, "joint": False},
         "Σ_{j<=c} [lse(s / tau) - lse(s / tau with s_j := reset)]",
         "arXiv 2510.11296 (reimplemented from abstract and figure)",
+        _delta_energy,
         model_tau=True,
     ),
     ScoreSpec(
         "max_logit",
-        _row(max_logit),
         {"tau": 0.01},
         "max_k s_k / tau",
         "arXiv 1911.11132",
+        _row(Kind.MAX_LOGIT),
         model_tau=True,
     ),
     ScoreSpec(
         "neg_entropy",
-        _row(neg_entropy),
         {"tau": 1.0},
         "log K - H(softmax(s / tau))",
         "arXiv 2211.13445 (baseline)",
+        _row(Kind.NEG_ENTROPY),
     ),
     ScoreSpec(
         "variance",
-        _row(variance),
         {"tau": 1.0},
         "var_k softmax_k(s / tau)",
         "arXiv 2211.13445 (baseline)",
+        _row(Kind.VARIANCE),
     ),
-    ScoreSpec("margin", _row(margin), {"tau": None}, "s(1) - s(2)", "best versus second best"),
+    ScoreSpec("margin", {"tau": None}, "s(1) - s(2)", "best versus second best", _margin),
     ScoreSpec(
         "l_mcm",
-        _l_mcm,
         {"tau": 1.0},
         "max_p max_k softmax_k(s_pk / tau)",
         "arXiv 2304.04521",
@@ -150,7 +143,6 @@ _SPECS = (
     ),
     ScoreSpec(
         "gl_mcm",
-        _gl_mcm,
         {"tau": 1.0, "weight": 1.0},
         "S_MCM + weight · L-MCM",
         "arXiv 2304.04521",
@@ -158,7 +150,6 @@ _SPECS = (
     ),
     ScoreSpec(
         "neg_label",
-        _neg_label,
         {"tau": 0.01},
         "mean_g sigmoid(lse(l) - lse(n_g))",
         "arXiv 2403.20078",
@@ -167,18 +158,18 @@ _SPECS = (
     ),
     ScoreSpec(
         "mahalanobis",
-        _fitted(mahalanobis),
         {"fit": None},
         "max_k -(f - μ_k)' Σ⁻¹ (f - μ_k) / 2",
         "arXiv 1807.03888",
+        compute=_mahalanobis,
         needs="fit",
     ),
     ScoreSpec(
         "knn",
-        _fitted(knn),
         {"fit": None, "k": 50},
         "-‖f - f_(k)‖",
         "arXiv 2204.06507",
+        compute=_knn,
         needs="fit",
     ),
 )

@@ -4,15 +4,23 @@ Every function takes ``image (B, D)`` with ``text`` ``(K, D)``, per-image ``(B, 
 prepared ``ClassBank``; or instead of both a ready ``similarity (B, K)`` in cosine units, which is
 all that Tip-Adapter, CoCoOp and unimodal classifiers have. Any float dtype and device; the
 arithmetic and the result are float32 (float64 if the inputs are). Higher = more in-distribution.
+
+``impl=None`` picks the fused CPU kernel where it applies (float32, bfloat16 and float16 on the
+CPU), else the reference; ``"cpu"`` or ``"reference"`` forces one, as ``FASTOOD_IMPL`` does for all.
+The kernel never keeps the (B, K) similarities; a row's score does not depend on the batch around
+it or on the number of threads.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastood import reference
+from fastood.ops import fused
+from fastood.ops.dispatch import choose
+from fastood.ops.requests import Kind, Request, reference_score
 from fastood.scores.bank import ClassBank
 from fastood.scores.inputs import (
     check_count,
@@ -23,6 +31,7 @@ from fastood.scores.inputs import (
     check_tensor,
     check_width,
     matmul_classes,
+    row_blocks,
     unit_rows,
     working,
 )
@@ -51,23 +60,126 @@ def cosines(
             raise ValueError("similarity: give either similarity, or image and text, not both")
         s = check_tensor("similarity", similarity, (2,), "(B, K)")
         check_finite("similarity", s, what="values")
-        s = working(s)
-    elif image is None or text is None:
+        return working(s)
+    if image is None or text is None:
         raise ValueError("expected image and text, or similarity=; one of them is missing")
-    elif isinstance(text, ClassBank):
-        s = (text if normalize else text.as_is()).to_classes(image)
-    else:
-        z = check_features("image", image, (2,), "(B, D)")
-        t = check_features("text", text, (2, 3), "(K, D) or (B, K, D)")
-        check_width(z, t)
-        z, t = working(z), working(t)
-        if z.dtype != t.dtype:
-            z, t = z.double(), t.double()
-        s = matmul_classes(unit_rows(z), unit_rows(t)) if normalize else matmul_classes(z, t)
-    if s.shape[-1] == 0:
-        name = "text" if similarity is None else "similarity"
-        raise ValueError(f"{name}: expected at least one class, got K = 0 (shape {tuple(s.shape)})")
-    return s
+    if isinstance(text, ClassBank):
+        return (text if normalize else text.as_is()).to_classes(image)
+    return matmul_classes(*unit_features(image, text, normalize=normalize))
+
+
+def unit_features(image: Tensor, text: Tensor, *, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Checked features of one working dtype, normalised if asked."""
+    z = check_features("image", image, (2,), "(B, D)")
+    t = check_features("text", text, (2, 3), "(K, D) or (B, K, D)")
+    check_width(z, t)
+    z, t = working(z), working(t)
+    if z.dtype != t.dtype:
+        z, t = z.double(), t.double()
+    return (unit_rows(z), unit_rows(t)) if normalize else (z, t)
+
+
+class RowScores(NamedTuple):
+    values: Tensor
+    """(R, B), one row for each score asked."""
+    classes: Tensor | None
+    """(B,) int64, the nearest class, if asked."""
+
+
+def score_rows(
+    requests: tuple[Request, ...],
+    image: Tensor | None,
+    text: Text | None,
+    similarity: Tensor | None,
+    *,
+    normalize: bool = True,
+    impl: str | None = None,
+    classes: bool = False,
+) -> RowScores:
+    """Several global scores: by the kernel in one pass over the classes, or by the reference."""
+    if similarity is not None:
+        if image is not None or text is not None:
+            raise ValueError("similarity: give either similarity, or image and text, not both")
+        check_tensor("similarity", similarity, (2,), "(B, K)")
+        return _of_similarity(requests, similarity, impl, classes)
+    if image is None or text is None:
+        raise ValueError("expected image and text, or similarity=; one of them is missing")
+    rows = text.text if isinstance(text, ClassBank) else text
+    check_tensor("image", image, (2,), "(B, D)")
+    check_tensor("text", rows, (2, 3), "(K, D) or (B, K, D)")
+    check_width(image, rows)
+    k = rows.shape[-2]
+    _check_requests(requests, k, "text")
+    implementation = choose(impl, image, rows)
+    if rows.ndim == 3:
+        # classes of their own for every image: K D numbers are read for each row of K cosines
+        s = cosines(image, text, None, normalize=normalize)
+        return _of_similarity(requests, s, implementation, classes)
+    if implementation == "reference":
+        return _by_reference(requests, image, text, normalize, classes)
+
+    bank = text if isinstance(text, ClassBank) else None
+    normalize = normalize and (bank is None or bank.normalize)
+    if fused.differentiable(image, rows):
+        if bank is None:
+            z, t = unit_features(image, rows, normalize=normalize)
+            return RowScores(*fused.feature_graph(requests, z, t))
+        z = working(check_features("image", image, (2,), "(B, D)"))
+        z = unit_rows(z) if normalize else z
+        return RowScores(*fused.feature_graph(requests, z, bank.text, bank.packed))
+    panels = packed_classes(rows, normalize) if bank is None else bank.panels
+    found = fused.feature_scores(requests, image, panels, k=k, normalize=normalize, classes=classes)
+    return RowScores(*found)
+
+
+def packed_classes(text: Tensor, normalize: bool) -> Tensor:
+    """Class features packed for one call, normalised exactly as a ``ClassBank`` does it."""
+    text = working(check_features("text", text.detach(), (2,), "(K, D)"))
+    return fused.pack_text(unit_rows(text) if normalize else text, normalize=False)
+
+
+def _by_reference(
+    requests: tuple[Request, ...], image: Tensor, text: Text, normalize: bool, classes: bool
+) -> RowScores:
+    if not isinstance(text, ClassBank):  # once, not for every block
+        image, text = unit_features(image, text, normalize=normalize)
+        normalize = False
+    parts = []
+    for block in row_blocks(len(image), len(text)):
+        s = cosines(image[block], text, None, normalize=normalize)
+        parts.append(_of_similarity(requests, s, "reference", classes))
+    if len(parts) == 1:
+        return parts[0]
+    values = torch.cat([part.values for part in parts], dim=1)
+    if not classes:
+        return RowScores(values, None)
+    return RowScores(
+        values, torch.cat([part.classes for part in parts if part.classes is not None])
+    )
+
+
+def _of_similarity(
+    requests: tuple[Request, ...], s: Tensor, impl: str | None, classes: bool
+) -> RowScores:
+    _check_requests(requests, s.shape[1], "similarity")
+    if choose(impl, s) == "cpu" and not fused.differentiable(s):
+        return RowScores(*fused.similarity_scores(requests, s, classes=classes))
+    check_finite("similarity", s, what="values")
+    if choose(impl, s) == "cpu":
+        return RowScores(*fused.similarity_graph(requests, s))
+    s = working(s)
+    values = torch.stack([reference_score(r, s) for r in requests])
+    return RowScores(values, s.argmax(dim=-1) if classes else None)
+
+
+def _check_requests(requests: tuple[Request, ...], k: int, name: str) -> None:
+    if k == 0:
+        raise ValueError(f"{name}: expected at least one class, got K = 0")
+    for r in requests:
+        if r.kind == Kind.MARGIN and k < 2:
+            raise ValueError(f"margin: expected at least two classes, got K = {k}")
+        if r.kind == Kind.DELTA_ENERGY:
+            check_count("c", r.c, 1, k, high_name="K = ")
 
 
 def max_similarity(
@@ -76,6 +188,7 @@ def max_similarity(
     *,
     similarity: Tensor | None = None,
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """S_MS: the largest cosine similarity, max_k s_k.
 
@@ -91,7 +204,7 @@ def max_similarity(
         >>> max_similarity(torch.tensor([[3.0, 4.0]]), torch.eye(2))
         tensor([0.8000])
     """
-    return reference.max_similarity(cosines(image, text, similarity, normalize=normalize))
+    return _score(Request(Kind.MAX_SIMILARITY), image, text, similarity, normalize, impl)
 
 
 def max_logit(
@@ -101,6 +214,7 @@ def max_logit(
     similarity: Tensor | None = None,
     tau: float = 0.01,
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """max_k s_k / tau: ranks exactly as ``max_similarity``, in units of logits.
 
@@ -112,7 +226,7 @@ def max_logit(
         ValueError: as ``max_similarity``; tau <= 0 or not finite.
     """
     tau = check_tau(tau)
-    return reference.max_similarity(cosines(image, text, similarity, normalize=normalize)) / tau
+    return _score(Request(Kind.MAX_LOGIT, tau), image, text, similarity, normalize, impl)
 
 
 def mcm(
@@ -122,6 +236,7 @@ def mcm(
     similarity: Tensor | None = None,
     tau: float = 1.0,
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """S_MCM: maximum concept matching, max_k softmax_k(s / tau) with tau = 1 on raw cosines.
 
@@ -139,7 +254,7 @@ def mcm(
         tensor([0.5000])
     """
     tau = check_tau(tau)
-    return reference.max_softmax(cosines(image, text, similarity, normalize=normalize), tau)
+    return _score(Request(Kind.MAX_SOFTMAX, tau), image, text, similarity, normalize, impl)
 
 
 def msp(
@@ -149,6 +264,7 @@ def msp(
     similarity: Tensor | None = None,
     tau: float = 0.01,
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """S_MSP: the largest softmax probability at the model's own temperature, tau = 1/γ.
 
@@ -160,7 +276,7 @@ def msp(
     Raises:
         ValueError: as ``mcm``.
     """
-    return mcm(image, text, similarity=similarity, tau=tau, normalize=normalize)
+    return mcm(image, text, similarity=similarity, tau=tau, normalize=normalize, impl=impl)
 
 
 def energy(
@@ -171,6 +287,7 @@ def energy(
     tau: float = 0.01,
     scale: Literal["tau", "unit"] = "tau",
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """Negative free energy: tau · lse(s / tau) (``scale="tau"``) or lse(s / tau) (``"unit"``).
 
@@ -185,8 +302,8 @@ def energy(
     tau = check_tau(tau)
     if scale not in ("tau", "unit"):
         raise ValueError(f'scale: expected "tau" or "unit", got {scale!r}')
-    s = cosines(image, text, similarity, normalize=normalize)
-    return reference.energy(s, tau, unit=scale == "unit")
+    request = Request(Kind.ENERGY, tau, flag=scale == "unit")
+    return _score(request, image, text, similarity, normalize, impl)
 
 
 def neg_entropy(
@@ -196,6 +313,7 @@ def neg_entropy(
     similarity: Tensor | None = None,
     tau: float = 1.0,
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """log K - H(softmax(s / tau)): ranks as the negative entropy, and keeps its digits.
 
@@ -211,7 +329,7 @@ def neg_entropy(
         ValueError: as ``mcm``.
     """
     tau = check_tau(tau)
-    return reference.neg_entropy(cosines(image, text, similarity, normalize=normalize), tau)
+    return _score(Request(Kind.NEG_ENTROPY, tau), image, text, similarity, normalize, impl)
 
 
 def variance(
@@ -221,6 +339,7 @@ def variance(
     similarity: Tensor | None = None,
     tau: float = 1.0,
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """Population variance over classes of softmax(s / tau).
 
@@ -234,7 +353,7 @@ def variance(
         ValueError: as ``mcm``.
     """
     tau = check_tau(tau)
-    return reference.variance(cosines(image, text, similarity, normalize=normalize), tau)
+    return _score(Request(Kind.VARIANCE, tau), image, text, similarity, normalize, impl)
 
 
 def margin(
@@ -244,6 +363,7 @@ def margin(
     similarity: Tensor | None = None,
     tau: float | None = None,
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """Distance between the two best classes: s(1) - s(2), or p(1) - p(2) if tau is given.
 
@@ -254,11 +374,11 @@ def margin(
     Raises:
         ValueError: as ``max_similarity``; K < 2; tau <= 0 or not finite.
     """
-    tau = None if tau is None else check_tau(tau)
-    s = cosines(image, text, similarity, normalize=normalize)
-    if s.shape[-1] < 2:
-        raise ValueError(f"margin: expected at least two classes, got K = {s.shape[-1]}")
-    return reference.margin(s, tau)
+    if tau is None:
+        request = Request(Kind.MARGIN, c=2)
+    else:
+        request = Request(Kind.MARGIN, check_tau(tau), c=2, flag=True)
+    return _score(request, image, text, similarity, normalize, impl)
 
 
 def delta_energy(
@@ -271,6 +391,7 @@ def delta_energy(
     reset: float = 0.0,
     joint: bool = False,
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """ΔEnergy: the energy change when each of the c largest similarities is reset.
 
@@ -313,6 +434,17 @@ def delta_energy(
         tensor([0.6201, 0.6201])
     """
     tau, reset = check_tau(tau), check_scalar("reset", reset)
-    s = cosines(image, text, similarity, normalize=normalize)
-    c = check_count("c", c, 1, s.shape[-1], high_name="K = ")
-    return reference.delta_energy(s, tau, c, reset, joint=joint)
+    request = Request(Kind.DELTA_ENERGY, tau, c, reset, bool(joint))
+    return _score(request, image, text, similarity, normalize, impl)
+
+
+def _score(
+    request: Request,
+    image: Tensor | None,
+    text: Text | None,
+    similarity: Tensor | None,
+    normalize: bool,
+    impl: str | None,
+) -> Tensor:
+    found = score_rows((request,), image, text, similarity, normalize=normalize, impl=impl)
+    return found.values[0]

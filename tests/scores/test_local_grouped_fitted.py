@@ -47,7 +47,7 @@ def test_patch_order_does_not_matter_and_blocks_agree(monkeypatch):
     local, text = patches(b=7)
     whole = fastood.l_mcm(local, text)
     torch.testing.assert_close(fastood.l_mcm(local.flip(1), text), whole)
-    monkeypatch.setattr("fastood.scores.local.BLOCK", 9 * 11 * 2)
+    monkeypatch.setattr("fastood.scores.inputs.BLOCK", 9 * 11 * 2)
     torch.testing.assert_close(fastood.l_mcm(local, text), whole)
     each = text.expand(7, -1, -1)
     torch.testing.assert_close(fastood.l_mcm(local, each), whole, rtol=1e-5, atol=0)

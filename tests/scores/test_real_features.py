@@ -42,7 +42,10 @@ def test_every_global_score(clip, name, which):
     # float32 cosines err by 1.2e-7 at most here; tau = .01 turns that into 1.2e-5 of a logit, and
     # where a score is a small difference (margin, variance at tau = 1) into more of its own size
     scale = want.abs().mean()
-    assert ((got.double() - want).abs() / (want.abs() + 0.05 * scale)).max() < 2e-4
+    allowed = 2e-4 * (want.abs() + 0.05 * scale)
+    if name == "margin":  # of two nearly equal cosines nothing but their rounding is left
+        allowed += 2 * 1.3e-7
+    assert ((got.double() - want).abs() / allowed).max() < 1
     assert got.unique().numel() >= 0.99 * want.float().unique().numel()
 
 

@@ -1,0 +1,77 @@
+"""A global score as a value: which one, at which temperature, with which options.
+
+What the fused kernels, the differentiable epilogues and the reference all take, so that a set of
+scores is asked for once, in one pass.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastood import reference
+
+__all__ = ["Kind", "Request", "needs", "reference_score"]
+
+
+class Kind(IntEnum):
+    """The order of ``Score`` in ``csrc/cpu/kernels.h``."""
+
+    MAX_SIMILARITY = 0
+    MAX_LOGIT = 1
+    MAX_SOFTMAX = 2
+    ENERGY = 3
+    NEG_ENTROPY = 4
+    VARIANCE = 5
+    MARGIN = 6
+    DELTA_ENERGY = 7
+
+
+class Request(NamedTuple):
+    """One score of a row of similarities."""
+
+    kind: Kind
+    tau: float = 1.0
+    c: int = 1
+    """Top values it looks at: classes reset by delta_energy, 2 for the margin."""
+    reset: float = 0.0
+    flag: bool = False
+    """energy: in units of logits; margin: of probabilities; delta_energy: joint."""
+
+
+class Needs(NamedTuple):
+    """What one pass has to keep for some requests."""
+
+    taus: tuple[float, ...]
+    c: int
+    moments: bool
+
+
+def needs(requests: tuple[Request, ...]) -> Needs:
+    return Needs(
+        tuple(dict.fromkeys(r.tau for r in requests)),
+        max((r.c for r in requests), default=1),
+        any(r.kind in (Kind.NEG_ENTROPY, Kind.VARIANCE) for r in requests),
+    )
+
+
+def reference_score(request: Request, s: Tensor) -> Tensor:
+    """(B,) of similarities ``s (B, K)`` in plain torch."""
+    kind, tau, c, reset, flag = request
+    if kind == Kind.MAX_SIMILARITY:
+        return reference.max_similarity(s)
+    if kind == Kind.MAX_LOGIT:
+        return reference.max_similarity(s) / tau
+    if kind == Kind.MAX_SOFTMAX:
+        return reference.max_softmax(s, tau)
+    if kind == Kind.ENERGY:
+        return reference.energy(s, tau, unit=flag)
+    if kind == Kind.NEG_ENTROPY:
+        return reference.neg_entropy(s, tau)
+    if kind == Kind.VARIANCE:
+        return reference.variance(s, tau)
+    if kind == Kind.MARGIN:
+        return reference.margin(s, tau if flag else None)
+    return reference.delta_energy(s, tau, c, reset, joint=flag)
