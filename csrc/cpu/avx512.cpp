@@ -5,8 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 sees some in immintrin.h itself
+#endif
 #include <immintrin.h>
 
+#include "ebm_job.h"
 #include "grouped_job.h"
 #include "kernels.h"
 #include "patch_job.h"
@@ -42,7 +46,7 @@ const Kernels kernels_avx512 = {
     avx512::grouped_kernel,
     avx512::grouped_backward_kernel,
     avx512::patches_kernel,
-    nullptr,  // ebm
+    avx512::ebm_kernel,
 };
 
 }  // namespace fastood

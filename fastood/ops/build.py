@@ -47,7 +47,18 @@ _FORMAT = 1  # of the key and of what lies in a build folder; raise it when eith
 # No -march: every instruction set is in the library, chosen at run time. No -std: Torch adds the
 # one its headers need (17 up to 2.6, 20 in 2.15). No fast-math: scores have to see infinities and
 # to be the same on every machine of one kind. -g0: Python's own flags would ask for debug symbols.
-_CFLAGS = ("-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
+# -ffp-contract=off: what is to be one fused multiply-add is written as one, and nothing else is, so
+# that a number does not depend on where the compiler inlined its formula.
+_CFLAGS = (
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+)
 
 # -fopenmp is missing on purpose: it would add a libgomp of this machine's beside the one torch has
 # loaded. What the compiler left open (GOMP_parallel, ...) resolves to torch's, whatever it is
