@@ -15,3 +15,7 @@ FEATURE_ATOL = 2e-5
 # Gradients by the fused kernels against float64 autograd of the reference, relative to the largest
 # element. Float32 cosines divided by tau = .01 leave 1e-5; worst seen 1.1e-5 (x86-64 CPU).
 GRADIENT_RTOL = 5e-5
+
+# The same for patches: the gradients of a row's logits sum to 0, and CLIP's classes share a
+# direction, so what is left is small. Worst seen at tau = 1: 1.1e-4; eager float32 has 1.4e-4.
+PATCH_GRADIENT_RTOL = 5e-4

@@ -1,16 +1,20 @@
-"""The LoCoOp loss as plain differentiable torch, the reference for its fused version."""
+"""The LoCoOp loss: its patch term by the fused kernel or, the reference, in plain torch."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastood.ops.dispatch import choose
+from fastood.ops.patches import patch_entropy
 from fastood.scores.bank import ClassBank
 from fastood.scores.inputs import (
     check_count,
     check_features,
     check_scalar,
     check_tau,
+    check_tensor,
     check_width,
     matmul_classes,
     unit_rows,
@@ -31,6 +35,7 @@ def locoop_loss(
     weight: float = 0.25,
     top_k: int = 200,
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """LoCoOp: cross-entropy plus ``weight`` times the mean negative entropy of OOD patches.
 
@@ -43,6 +48,10 @@ def locoop_loss(
     Args:
         image: (B, D); local: (B, P, D); text: (K, D) or (B, K, D); labels: (B,) int64 in 0..K-1.
         top_k: rank of the label from which a patch counts as OOD, 1 <= top_k < K.
+        impl: None picks the fused CPU kernel where it applies (float32, bfloat16, float16 on CPU),
+            else the reference; ``"reference"`` or ``"cpu"`` force one. The kernel computes the
+            gradients of the patch term along with it and never keeps the (B, P, K) logits; it has
+            no second derivatives. Per-image text always takes the reference.
     Returns:
         A scalar, float32 (float64 for float64 input).
     Raises:
@@ -50,22 +59,35 @@ def locoop_loss(
     """
     tau, weight = check_tau(tau), check_scalar("weight", weight)
     z, t = features_of(image, text, normalize)
-    zl = check_features("local", local, (3,), "(B, P, D)")
-    check_width(zl, t, ("local", "text"))
-    if len(zl) != len(z):
-        raise ValueError(f"local: expected patches of {len(z)} images, got {len(zl)}")
-    zl = working(zl).to(z.dtype)
-    zl = unit_rows(zl) if normalize else zl
-    s = matmul_classes(z, t)
-    k = s.shape[1]
+    normalize = normalize and (not isinstance(text, ClassBank) or text.normalize)
+    check_tensor("local", local, (3,), "(B, P, D)")
+    check_width(local, t, ("local", "text"))
+    if len(local) != len(z):
+        raise ValueError(f"local: expected patches of {len(z)} images, got {len(local)}")
+    k = t.shape[-2]
     y = labels_of(labels, z, k)
     top_k = check_count("top_k", top_k, 1, k - 1, high_name="K - 1 = ")
+    cross_entropy = F.cross_entropy(matmul_classes(z, t) / tau, y)
+    if choose(impl, z, local, t) == "cpu" and t.ndim == 2:
+        inside = normalize and not (local.requires_grad and torch.is_grad_enabled())
+        zl = local if inside else _patches(local, z, normalize)
+        term = patch_entropy(zl, t, y, top_k=top_k, tau=tau, normalize=inside).value
+    else:
+        term = _patch_term(_patches(local, z, normalize), t, y, tau, top_k)
+    return cross_entropy + weight * term
 
-    sl = matmul_classes(zl, t)
-    own = sl.gather(-1, y[:, None, None].expand(-1, sl.shape[1], 1))
+
+def _patches(local: Tensor, image: Tensor, normalize: bool) -> Tensor:
+    zl = working(check_features("local", local, (3,), "(B, P, D)")).to(image.dtype)
+    return unit_rows(zl) if normalize else zl
+
+
+def _patch_term(local: Tensor, text: Tensor, labels: Tensor, tau: float, top_k: int) -> Tensor:
+    """Mean over the OOD patches of Σ_k p_k log(p_k + 1e-5)."""
+    sl = matmul_classes(local, text)
+    own = sl.gather(-1, labels[:, None, None].expand(-1, sl.shape[1], 1))
     out = (sl.detach() > own.detach()).sum(dim=-1) >= top_k
     p = F.softmax(sl / tau, dim=-1)
     neg_entropy = (p * (p + 1e-5).log()).sum(dim=-1)
     # a masked mean rather than indexing: no synchronisation, and zero where no patch is OOD
-    mean = (neg_entropy * out).sum() / out.sum().clamp_min(1)
-    return F.cross_entropy(s / tau, y) + weight * mean
+    return (neg_entropy * out).sum() / out.sum().clamp_min(1)
