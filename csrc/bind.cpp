@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 
+#include "bind/ebm.h"
 #include "bind/grouped.h"
 #include "bind/patches.h"
 #include "bind/rows.h"
@@ -80,6 +81,7 @@ TORCH_LIBRARY_IMPL(fastood, CPU, m) {
     m.impl("grouped", &fastood::grouped);
     m.impl("grouped_backward", &fastood::grouped_backward);
     m.impl("patch_entropy", &fastood::patch_entropy);
+    m.impl("ebm_loss", &fastood::ebm_loss);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -116,4 +118,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("grouped_scores", &grouped_scores, no_gil, py::arg("image"), py::arg("panels"),
           py::arg("negatives"), py::arg("K"), py::arg("G"), py::arg("m"), py::arg("full"),
           py::arg("tau"), py::arg("normalize"));
+    m.def("ebm_loss", &ebm_loss, no_gil, py::arg("image"), py::arg("text"), py::arg("labels"),
+          py::arg("tau"), py::arg("weight"), py::arg("kept"), py::arg("by_label"),
+          py::arg("edit_all"), py::arg("ce_original"), py::arg("renorm"),
+          py::arg("normalize_image"), py::arg("normalize_text"), py::arg("wants_image"),
+          py::arg("wants_text"));
 }

@@ -15,6 +15,7 @@ namespace FASTOOD_ISA {
 #include "grouped.h"
 #include "grouped_backward.h"
 #include "patches.h"
+#include "ebm.h"
 
 }  // namespace FASTOOD_ISA
 }  // namespace fastood

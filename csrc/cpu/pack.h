@@ -105,6 +105,26 @@ static Packed pack_rows(const Rows& image, int64_t first, int64_t rows, bool nor
     return {packed, rows, inner};
 }
 
+// out[i][j] = rows[j][i] for CHUNK numbers of PANEL rows
+static inline void transpose_strip(const float* rows, int64_t stride, float* out) {
+#if FASTOOD_WIDTH >= 8
+    for (int64_t j = 0; j < PANEL; j += 4, rows += 4 * stride)
+        for (int64_t i = 0; i < CHUNK; i += 4) {
+            __m128 a = _mm_loadu_ps(rows + i), b = _mm_loadu_ps(rows + stride + i),
+                   c = _mm_loadu_ps(rows + 2 * stride + i), d = _mm_loadu_ps(rows + 3 * stride + i);
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            float* to = out + i * PANEL + j;
+            _mm_storeu_ps(to, a);
+            _mm_storeu_ps(to + PANEL, b);
+            _mm_storeu_ps(to + 2 * PANEL, c);
+            _mm_storeu_ps(to + 3 * PANEL, d);
+        }
+#else
+    for (int64_t j = 0; j < PANEL; ++j)
+        for (int64_t i = 0; i < CHUNK; ++i) out[i * PANEL + j] = rows[j * stride + i];
+#endif
+}
+
 // Rows first..first+count of `text` (K, D), first a multiple of PANEL: checked, normalised and
 // packed into panels [K / PANEL][D padded][PANEL] with zeros around. faults may be null.
 static void pack_classes(const Rows& text, bool normalize, int64_t first, int64_t count,
@@ -120,9 +140,8 @@ static void pack_classes(const Rows& text, bool normalize, int64_t first, int64_
         }
         std::memset(rows + n * inner, 0, sizeof(float) * (PANEL - n) * inner);
         float* panel = panels + k * inner;
-        for (int64_t d = 0; d < inner; d += CHUNK)  // a square at a time stays in L1
-            for (int64_t j = 0; j < PANEL; ++j)
-                for (int64_t i = d; i < d + CHUNK; ++i) panel[i * PANEL + j] = rows[j * inner + i];
+        for (int64_t d = 0; d < inner; d += CHUNK)  // a strip at a time stays in L1
+            transpose_strip(rows + d, inner, panel + d * PANEL);
     }
 }
 
