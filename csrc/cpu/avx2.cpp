@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "ebm_job.h"
 #include "grouped_job.h"
 #include "kernels.h"
 #include "patch_job.h"
@@ -41,7 +42,7 @@ const Kernels kernels_avx2 = {
     avx2::grouped_kernel,
     avx2::grouped_backward_kernel,
     avx2::patches_kernel,
-    nullptr,  // ebm
+    avx2::ebm_kernel,
 };
 
 }  // namespace fastood

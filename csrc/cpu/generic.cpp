@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "ebm_job.h"
 #include "grouped_job.h"
 #include "kernels.h"
 #include "patch_job.h"
@@ -28,7 +29,7 @@ const Kernels kernels_generic = {
     generic::grouped_kernel,
     generic::grouped_backward_kernel,
     generic::patches_kernel,
-    nullptr,  // ebm
+    generic::ebm_kernel,
 };
 
 }  // namespace fastood
