@@ -1,4 +1,4 @@
-"""The energy-bound loss as plain differentiable torch, the reference for its fused version."""
+"""The energy-bound loss: by the fused kernel or, the reference, in plain torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastood import reference
+from fastood.ops.dispatch import choose
+from fastood.ops.ebm import energy_bound
 from fastood.scores.bank import ClassBank
-from fastood.scores.inputs import check_scalar, check_tau, matmul_classes
+from fastood.scores.inputs import (
+    check_scalar,
+    check_tau,
+    check_tensor,
+    check_width,
+    matmul_classes,
+)
 from fastood.tuning.inputs import features_of, labels_of
 
 __all__ = ["ebm_loss"]
@@ -31,6 +39,7 @@ def ebm_loss(
     ce_on: Literal["edited", "original"] = "edited",
     renorm: bool = False,
     normalize: bool = True,
+    impl: str | None = None,
 ) -> Tensor:
     """Energy-bound loss: cross-entropy plus ``weight`` times the mean of E0 - E2.
 
@@ -58,6 +67,10 @@ def ebm_loss(
             entry is that of the predicted class either way.
         ce_on: logits the cross-entropy sees.
         renorm: scale zm back to unit norm.
+        impl: None picks the fused CPU kernel where it applies (float32, bfloat16, float16 on CPU),
+            else the reference; ``"reference"`` or ``"cpu"`` force one. The kernel computes the
+            gradients along with the loss and never keeps the (B, K) logits; it has no second
+            derivatives and takes no per-image text.
     Returns:
         A scalar, float32 (float64 for float64 input).
     Raises:
@@ -71,21 +84,67 @@ def ebm_loss(
     _one_of("ce_on", ce_on, ("edited", "original"))
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected 0 < keep <= 1, got {keep}")
+    if isinstance(text, ClassBank):
+        classes, normalize_text, normalize_image = text.text, False, normalize and text.normalize
+    else:
+        classes, normalize_text, normalize_image = text, normalize, normalize
+    check_tensor("image", image, (2,), "(B, D)")
+    check_tensor("text", classes, (2, 3), "(K, D) or (B, K, D)")
+    check_width(image, classes)
+    # 0.1 * 30 is 3.0000000000000004
+    kept = 0 if mask == "sign" else math.ceil(round(keep * image.shape[1], 9))
+    fused = choose(impl, image, classes) == "cpu"
+    if fused and classes.ndim == 3 and impl == "cpu":
+        raise ValueError(
+            f"text: impl='cpu' takes classes (K, D), got {tuple(classes.shape)}; "
+            "use impl='reference' for per-image classes"
+        )
+    if fused and classes.ndim == 2:
+        b, k = image.shape[0], classes.shape[0]
+        if b == 0 or k == 0:
+            features_of(image, text, normalize)  # raises
+        return energy_bound(
+            image,
+            classes,
+            labels_of(labels, image, k),
+            tau=tau,
+            weight=weight,
+            kept=kept,
+            by_label=mask_by == "label",
+            edit_all=edit == "all",
+            ce_original=ce_on == "original",
+            renorm=renorm,
+            normalize_image=normalize_image,
+            normalize_text=normalize_text,
+        ).loss
     z, t = features_of(image, text, normalize)
+    y = labels_of(labels, z, t.shape[-2])
+    return _ebm_loss(z, t, y, tau, weight, kept, mask_by, edit, ce_on, renorm)
+
+
+def _ebm_loss(
+    z: Tensor,
+    t: Tensor,
+    y: Tensor,
+    tau: float,
+    weight: float,
+    kept: int,
+    mask_by: str,
+    edit: str,
+    ce_on: str,
+    renorm: bool,
+) -> Tensor:
+    """The loss of unit features in differentiable torch: the specification of the kernel."""
     s = matmul_classes(z, t)
     k = s.shape[1]
-    y = labels_of(labels, z, k)
     best = s.detach().argmax(dim=-1)
 
     with torch.no_grad():
         product = z * _class_rows(t, best if mask_by == "top1" else y)
-        if mask == "sign":
-            kept = (product > 0).to(z.dtype)
-        else:
-            count = math.ceil(round(keep * z.shape[1], 9))  # 0.1 * 30 is 3.0000000000000004
-            _, index = reference.top(product, count)
-            kept = torch.zeros_like(product).scatter(-1, index, 1.0)
-    zm = z * kept
+        mask = (product > 0).to(z.dtype)
+        if kept:
+            mask = torch.zeros_like(mask).scatter(-1, reference.top(product, kept)[1], 1.0)
+    zm = z * mask
     if renorm:
         # a mask that keeps nothing leaves a zero vector, which has no direction to restore
         zm = zm / torch.linalg.vector_norm(zm, dim=-1, keepdim=True).clamp_min(1e-12)
