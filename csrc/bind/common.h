@@ -37,9 +37,11 @@ inline Type type_of(const char* name, const Tensor& x) {
 }
 
 // Last dimension contiguous; other strides are free (expanded and sliced tensors pass as they are).
+// A view that is negative by a mark alone (imaginary parts of conjugates) is written out.
 inline Tensor readable(const char* name, const Tensor& x, int64_t dims) {
     TORCH_CHECK_VALUE(x.device().is_cpu(), name, ": expected a CPU tensor, got ", x.device());
     TORCH_CHECK_VALUE(x.dim() == dims, name, ": expected ", dims, " dimensions, got ", x.sizes());
+    if (x.is_neg()) return x.clone();
     return x.dim() == 0 || x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
 

@@ -119,6 +119,11 @@ inline void run_rows(const Plan& plan, const OptionalTensor& image_, const Optio
     kernels().rows(job, pool());
     const std::string what = !name.empty() ? name : given ? "similarity" : "image";
     report(what.c_str(), given ? "values" : "features", faults, per_row);
+    const uint8_t* fault = faults.const_data_ptr<uint8_t>();
+    for (int64_t i = 0; i < B; ++i)
+        TORCH_CHECK_VALUE(fault[i] != kOverflow,
+                          "similarity: values must be finite, found NaN or Inf in ",
+                          rows_named(fault, B, kOverflow, per_row));
 }
 
 // ---------------------------------------------------------------- operators (schemas: ops/rows.py)

@@ -31,6 +31,17 @@ static inline vd log_of_sum(vd a, vd b) {  // log(exp(a) + exp(b)), -inf allowed
     return safe + log(exp(a - safe) + exp(b - safe));
 }
 
+// log of the mean of exp((values[j] - reset) / tau): `far` unless all of them are small.
+static vd joint_gap(const Tops& t, int64_t c, double inverse, double reset, vd far) {
+    vd mean{}, most{};
+    for (int64_t j = 0; j < c; ++j) {
+        const vd gap = (t.values[j] - all(reset)) * all(inverse);
+        most = largest_of(most, absolute(gap));
+        mean = mean + expm1(select(absolute(gap) <= all(1.0), gap, vd{}));
+    }
+    return select(most <= all(1.0), log1p(mean * all(1.0 / static_cast<double>(c))), far);
+}
+
 static vd delta_energy(const Tops& t, vd rest, double inverse, const Request& r, bool none_left) {
     const int64_t c = r.c;
     // of the values held, those beyond c belong to the rest here
@@ -44,8 +55,9 @@ static vd delta_energy(const Tops& t, vd rest, double inverse, const Request& r,
         for (int64_t j = 0; j < c; ++j) z = z + ratio(t, j, 0, inverse);
         const vd together = log(z);
         const vd to = reset + all(__builtin_log(static_cast<double>(c)));
-        if (none_left) return together - to;
-        return softplus_rise(together - rest, to - rest, together - to);
+        const vd gap = joint_gap(t, c, inverse, r.reset, together - to);
+        if (none_left) return gap;
+        return softplus_rise(together - rest, to - rest, gap);
     }
     vd total{};
     for (int64_t j = 0; j < c; ++j) {

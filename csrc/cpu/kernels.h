@@ -40,7 +40,7 @@ struct Request {
     bool flag;     // energy: unit; margin: of probabilities; delta_energy: joint
 };
 
-enum Fault : uint8_t { kFine = 0, kNotFinite = 1, kZero = 2 };
+enum Fault : uint8_t { kFine = 0, kNotFinite = 1, kZero = 2, kOverflow = 3 };  // the last: of products
 
 // One pass over rows of similarities. They are products of `image` with `panels`, or given.
 struct RowJob {

@@ -121,9 +121,19 @@ static inline vd softplus(vd x) {
     return select(positive, x, vd{}) + log1p(exp(-absolute(x)));
 }
 
-// softplus(x) - softplus(y); x = y + gap, and infinite arguments mean the difference is the gap.
+// exp(x) - 1 for |x| <= 1, to the last digits also where x is small (Kahan's quotient).
+static inline vd expm1(vd x) {
+    const vd u = exp(x);
+    const lanes_i64 one = u == all(1.0);
+    return select(one, x, (u - all(1.0)) * x / log(select(one, all(2.0), u)));
+}
+
+// softplus(x) - softplus(y), to the last digits also where x is close to y; x = y + gap, and
+// infinite arguments mean the difference is the gap.
 static inline vd softplus_rise(vd x, vd y, vd gap) {
-    const lanes_i64 beyond = absolute(x) > all(1e300);
-    const vd close = softplus(select(beyond, vd{}, x)) - softplus(select(beyond, vd{}, y));
-    return select(beyond, select(x > vd{}, gap, vd{}), close);
+    const lanes_i64 beyond = absolute(x) > all(1e300), near = absolute(gap) <= all(1.0);
+    const vd far = softplus(select(beyond, vd{}, x)) - softplus(select(beyond, vd{}, y));
+    const vd share = all(1.0) / (all(1.0) + exp(-select(beyond, vd{}, y)));
+    const vd close = log1p(share * expm1(select(near, gap, vd{})));
+    return select(beyond, select(x > vd{}, gap, vd{}), select(near, close, far));
 }

@@ -69,11 +69,13 @@ static void take_span(const RowJob& job, const Scale* scales, float* s, int64_t 
 
     for (int t = 0; t < job.T; ++t) {
         const Scale& scale = scales[t];
+        // not only where moments need it: a score is the same whatever is asked with it
+        const bool near = (next - centre) * scale.inverse <= CENTRED_RANGE &&
+                          (centre - lowest) * scale.inverse <= CENTRED_RANGE;
         Rest sums;
+        sums.centred = near;  // also of no rest at all: its top values are taken about the centre
+        sums.shift = centre;
         if (rest > 0) {
-            // not only where moments need it: a score is the same whatever is asked with it
-            const bool near = (next - centre) * scale.inverse <= CENTRED_RANGE &&
-                              (centre - lowest) * scale.inverse <= CENTRED_RANGE;
             if (job.moments)
                 sums = near ? sums_of<true, true>(s, rest, centre, scale)
                             : sums_of<false, true>(s, rest, next, scale);
@@ -165,16 +167,28 @@ static inline int64_t span_of(int64_t K) {
     return round_up((K + spans - 1) / spans, PANEL);
 }
 
-// A span of given similarities as float32; false if one is not finite.
-static bool read_span(const Rows& rows, int64_t i, int64_t first, int64_t n, float* out) {
-    const int64_t padded = round_up(n, W);
-    read_row(rows, i, first, n, padded, out);
+// Whether s[0:n], readable and finite up to a multiple of W, has neither NaN nor Inf.
+static bool all_finite(const float* s, int64_t n) {
     vf odd{};
-    for (int64_t k = 0; k < padded; k += W) {
-        const vf a = load(out + k);
+    for (int64_t k = 0; k < n; k += W) {
+        const vf a = load(s + k);
         odd = odd + (a - a);
     }
     return sum(odd) == 0.0f;
+}
+
+// A span of given similarities as float32; false if one is not finite.
+static bool read_span(const Rows& rows, int64_t i, int64_t first, int64_t n, float* out) {
+    read_row(rows, i, first, n, round_up(n, W), out);
+    return all_finite(out, n);
+}
+
+// Features taken as they come may overflow in a product, which must end neither in a ranking nor in
+// the search for the top values: that relies on numbers that compare.
+static void check_products(const RowJob& job, float* s, int64_t row, int64_t n) {
+    if (job.normalize || all_finite(s, n)) return;
+    job.faults[row] = kOverflow;
+    std::memset(s, 0, sizeof(float) * n);
 }
 
 struct RowRun {
@@ -203,7 +217,9 @@ static void rows_of_block(const RowJob& job, const Scale* scales, int64_t first,
         if (!given)
             multiply_panels(packed, job.panels + k * packed.inner, round_up(n, PANEL), s, span);
         for (int64_t i = 0; i < rows; ++i) {
-            if (given && !read_span(job.similarity, first + i, k, n, s + i * span)) {
+            if (!given) {
+                check_products(job, s + i * span, first + i, n);
+            } else if (!read_span(job.similarity, first + i, k, n, s + i * span)) {
                 job.faults[first + i] = kNotFinite;
                 std::memset(s + i * span, 0, sizeof(float) * n);
             }
@@ -259,8 +275,10 @@ static void rows_kernel(const RowJob& job, const Pool& pool) {
                                 (end - begin) * PANEL, r.s + column, r.ldc);
             },
             &run);
-        for (int64_t i = 0; i < B; ++i)
+        for (int64_t i = 0; i < B; ++i) {
+            check_products(job, run.s + i * span, i, n);
             take_span(job, scales, run.s + i * span, run.first, n, i, run.states);
+        }
     }
     finish(job, scales, 0, B, run.states);
 }
