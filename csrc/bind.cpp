@@ -18,7 +18,7 @@ namespace {
 
 const Kernels* const kAll[] = {
 #if defined(__x86_64__)
-    &kernels_avx512, &kernels_avx2,
+    &kernels_amx, &kernels_avx512, &kernels_avx2,
 #endif
     &kernels_generic,
 };
@@ -47,7 +47,7 @@ static void choose(const std::string& name) {
             chosen.store(candidate);
             return;
         }
-    TORCH_CHECK_VALUE(false, "instruction set: expected generic, avx2 or avx512, got ", name);
+    TORCH_CHECK_VALUE(false, "instruction set: expected generic, avx2, avx512 or amx, got ", name);
 }
 
 Pool pool() {
@@ -112,6 +112,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                  const std::vector<std::tuple<int, int, int64_t, double, bool>>&, int64_t, bool>(),
         py::arg("taus"), py::arg("requests"), py::arg("c"), py::arg("moments"));
     m.def("pack_text", &pack_text, no_gil, py::arg("text"), py::arg("normalize"), py::arg("name"));
+    m.def("splits_text", [] { return kernels().split != nullptr; });
+    m.def("split_text", &split_text, no_gil, py::arg("text"));
     m.def("row_scores", &row_scores, no_gil, py::arg("plan"), py::arg("image"), py::arg("panels"),
           py::arg("similarity"), py::arg("K"), py::arg("normalize"), py::arg("classes"),
           py::arg("name"), py::arg("per_row"));

@@ -56,6 +56,31 @@ inline Tensor pack_text(const Tensor& text_, bool normalize, const char* name) {
     return out;
 }
 
+// (K, D) unit rows for the matrix unit; only where kernels().split is not null.
+inline Tensor split_text(const Tensor& text_) {
+    TORCH_CHECK_VALUE(kernels().split != nullptr, "text: ", kernels().name, " has no matrix unit");
+    const Tensor text = readable("text", text_, 2);
+    const int64_t K = text.size(0), panels = round_up(K, PANEL) / PANEL;
+    const int64_t slices = round_up(text.size(1), SLICE) / SLICE;
+    const Rows rows = rows_view("text", text);
+    Tensor out = at::empty({panels, slices, SPLIT_SLICE}, text.options().dtype(at::kShort));
+    uint16_t* to = reinterpret_cast<uint16_t*>(out.data_ptr<int16_t>());
+    parallel_for(0, panels, 2, [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * PANEL, last = end * PANEL < K ? end * PANEL : K;
+        kernels().split(rows, first, last - first, to);
+    });
+    return out;
+}
+
+inline void check_split(const Tensor& panels, int64_t K, int64_t D) {
+    TORCH_CHECK_VALUE(kernels().split != nullptr && panels.dim() == 3 && panels.is_contiguous() &&
+                          panels.size(0) == round_up(K, PANEL) / PANEL &&
+                          panels.size(1) == round_up(D, SLICE) / SLICE &&
+                          panels.size(2) == SPLIT_SLICE,
+                      "text: expected classes split for (", K, ", ", D, ") and a matrix unit, got ",
+                      panels.sizes(), " and ", kernels().name);
+}
+
 inline void check_panels(const Tensor& panels, int64_t K, int64_t D) {
     TORCH_CHECK_VALUE(panels.dim() == 3 && panels.is_contiguous() && panels.scalar_type() == at::kFloat &&
                           panels.size(0) == round_up(K, PANEL) / PANEL &&
@@ -75,9 +100,14 @@ inline void run_rows(const Plan& plan, const OptionalTensor& image_, const Optio
         job.similarity = rows_view("similarity", x);
         K = x.size(1);
     } else {
-        check_panels(*panels, K, x.size(1));
         job.image = rows_view("image", x);
-        job.panels = panels->const_data_ptr<float>();
+        if (panels->scalar_type() == at::kShort) {
+            check_split(*panels, K, x.size(1));
+            job.split = reinterpret_cast<const uint16_t*>(panels->const_data_ptr<int16_t>());
+        } else {
+            check_panels(*panels, K, x.size(1));
+            job.panels = panels->const_data_ptr<float>();
+        }
     }
     TORCH_CHECK_VALUE(K >= 1, given ? "similarity" : "text", ": expected at least one class, got K = 0");
     TORCH_CHECK_VALUE(K < (int64_t{1} << 31), "text: expected fewer than 2^31 classes, got ", K);

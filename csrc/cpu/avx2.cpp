@@ -19,6 +19,7 @@
 #endif
 
 #define FASTOOD_ISA avx2
+#define FASTOOD_AMX 0
 #define FASTOOD_WIDTH 8
 #include "isa.h"
 
@@ -36,6 +37,7 @@ const Kernels kernels_avx2 = {
     "avx2",
     supported,
     avx2::pack_classes,
+    nullptr,  // split
     avx2::spread_classes,
     avx2::rows_kernel,
     avx2::rows_backward_kernel,

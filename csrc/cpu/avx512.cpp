@@ -1,4 +1,4 @@
-// The kernels for AVX-512 F, BW, DQ, VL.
+// The kernels for AVX-512 F, BW, DQ, VL, and for AMX beside it.
 #if defined(__x86_64__)
 // Standard headers first: their inline functions must not be compiled for this instruction set.
 #include <cmath>
@@ -8,7 +8,12 @@
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 sees some in immintrin.h itself
 #endif
+#include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "ebm_job.h"
 #include "grouped_job.h"
@@ -22,6 +27,7 @@
 #endif
 
 #define FASTOOD_ISA avx512
+#define FASTOOD_AMX 1
 #define FASTOOD_WIDTH 16
 #include "isa.h"
 
@@ -40,6 +46,37 @@ const Kernels kernels_avx512 = {
     "avx512",
     supported,
     avx512::pack_classes,
+    nullptr,  // split
+    avx512::spread_classes,
+    avx512::rows_kernel,
+    avx512::rows_backward_kernel,
+    avx512::grouped_kernel,
+    avx512::grouped_backward_kernel,
+    avx512::patches_kernel,
+    avx512::ebm_kernel,
+};
+
+// AMX: the same, but the products of row scores, which go through the matrix unit.
+
+static bool amx_supported() {
+    unsigned eax, ebx, ecx, edx;
+    if (!supported() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    constexpr unsigned kBFloat16Tiles = 1u << 22, kTiles = 1u << 24;
+    if ((edx & kBFloat16Tiles) == 0 || (edx & kTiles) == 0) return false;
+#if defined(__linux__)
+    // Linux keeps the tiles' 8 kB a thread from processes that have not asked for them.
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+const Kernels kernels_amx = {
+    "amx",
+    amx_supported,
+    avx512::pack_classes,
+    avx512::split_classes,
     avx512::spread_classes,
     avx512::rows_kernel,
     avx512::rows_backward_kernel,

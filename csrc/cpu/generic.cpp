@@ -10,6 +10,7 @@
 #include "patch_job.h"
 
 #define FASTOOD_ISA generic
+#define FASTOOD_AMX 0
 #define FASTOOD_WIDTH 4
 #include "isa.h"
 
@@ -23,6 +24,7 @@ const Kernels kernels_generic = {
     "generic",
     supported,
     generic::pack_classes,
+    nullptr,  // split
     generic::spread_classes,
     generic::rows_kernel,
     generic::rows_backward_kernel,

@@ -7,6 +7,9 @@ namespace FASTOOD_ISA {
 #include "math.h"
 #include "gemm.h"
 #include "pack.h"
+#if FASTOOD_AMX
+#include "amx.h"
+#endif
 #include "top.h"
 #include "state.h"
 #include "epilogue.h"

@@ -8,6 +8,8 @@ namespace fastood {
 
 constexpr int64_t PANEL = 32;          // classes in a packed panel, [D padded][PANEL]
 constexpr int64_t CHUNK = 16;          // the inner dimension is padded to this
+constexpr int64_t SLICE = 32;          // and to this for the matrix unit
+constexpr int64_t SPLIT_SLICE = 3 * PANEL * SLICE;  // numbers a panel has there in a slice
 constexpr int64_t SPAN = 1024;         // most classes reduced at once: a multiple of PANEL
 constexpr int MAX_TAUS = 16;
 
@@ -46,7 +48,8 @@ enum Fault : uint8_t { kFine = 0, kNotFinite = 1, kZero = 2, kOverflow = 3 };  /
 struct RowJob {
     Rows image;                // (B, D), or unused
     bool normalize;            // divide image rows by their norm
-    const float* panels;       // packed classes, or null: then
+    const float* panels;       // packed classes
+    const uint16_t* split;     // or packed for the matrix unit, or neither: then
     Rows similarity;           // (B, K)
     int64_t K;
     int64_t c;                 // top values kept, <= K
@@ -96,6 +99,8 @@ struct Kernels {
     // classes first..first+count of (K, D), first a multiple of PANEL, into their panels
     void (*pack)(const Rows& text, bool normalize, int64_t first, int64_t count, float* panels,
                  uint8_t* faults);
+    // The same for the matrix unit, three bfloat16 numbers for each of a unit row; null without one
+    void (*split)(const Rows& text, int64_t first, int64_t count, uint16_t* panels);
     // (K, D) to panels of columns, [D padded / PANEL][K padded to CHUNK][PANEL]
     void (*spread)(const float* text, int64_t stride, int64_t K, int64_t D, float* columns);
     void (*rows)(const RowJob&, const Pool&);
@@ -109,6 +114,7 @@ struct Kernels {
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_amx;
 
 // Memory of the calling thread, kept between calls; at least n floats, aligned to 64 bytes.
 // `slot` tells apart what is in use at the same time.

@@ -108,7 +108,8 @@ static void take_span(const RowJob& job, const Scale* scales, float* s, int64_t 
 // Writes what was asked for of `rows` finished rows that start at `first` in the batch.
 static void finish(const RowJob& job, const Scale* scales, int64_t first, int64_t rows,
                    const States& st) {
-    const int64_t c = job.c, B = job.image.data != nullptr ? job.image.count : job.similarity.count;
+    const int64_t c = job.c;
+    const int64_t B = job.similarity.data != nullptr ? job.similarity.count : job.image.count;
     const bool none_left = c == job.K;
     Lane lanes[MAX_TAUS];
     vd* values = reinterpret_cast<vd*>(scratch(3, floats_for(c * sizeof(vd))));
@@ -191,33 +192,65 @@ static void check_products(const RowJob& job, float* s, int64_t row, int64_t n) 
     std::memset(s, 0, sizeof(float) * n);
 }
 
-struct RowRun {
-    const RowJob* job;
-    const Scale* scales;
-    // a batch too small to share by rows: shared by classes instead
+// Some image rows, ready to be multiplied by classes.
+struct LeftRows {
     Packed packed;
-    float* s;
-    int64_t first, ldc;
-    States states;
+#if FASTOOD_AMX
+    SplitRows split;
+    float* scales;  // of each row of products, or null
+#endif
 };
+
+static LeftRows left_rows(const RowJob& job, int64_t first, int64_t rows) {
+    LeftRows left{};
+#if FASTOOD_AMX
+    if (job.split != nullptr) {
+        const int64_t numbers =
+            round_up(rows, SQUARE) * round_up(job.image.width, SLICE) * PARTS;
+        left.scales = scratch(6, rows);
+        left.split = split_rows(job.image, first, rows, job.normalize,
+                                reinterpret_cast<uint16_t*>(scratch(0, numbers / 2)), left.scales,
+                                job.faults);
+        if (left.split.parts > 1) left.scales = nullptr;
+        return left;
+    }
+#endif
+    const int64_t inner = round_up(job.image.width, CHUNK);
+    left.packed = pack_rows(job.image, first, rows, job.normalize, scratch(0, rows * inner),
+                            job.faults);
+    return left;
+}
+
+// s[rows, columns] = cosines with classes from `first` on, a multiple of PANEL.
+static void cosines(const RowJob& job, const LeftRows& left, int64_t rows, int64_t first,
+                    int64_t columns, float* s, int64_t span) {
+    columns = round_up(columns, PANEL);
+#if FASTOOD_AMX
+    if (job.split != nullptr) {
+        multiply_split(left.split, job.split + first / PANEL * left.split.slices * SPLIT_SLICE,
+                       columns, s, span);
+        if (left.scales != nullptr)
+            for (int64_t i = 0; i < rows; ++i) scale_row(s + i * span, columns, left.scales[i]);
+        return;
+    }
+#endif
+    (void)rows;
+    multiply_panels(left.packed, job.panels + first * left.packed.inner, columns, s, span);
+}
+
+static bool given(const RowJob& job) { return job.similarity.data != nullptr; }
 
 static void rows_of_block(const RowJob& job, const Scale* scales, int64_t first, int64_t rows) {
     const int64_t span = span_of(job.K);
     const States states = states_for(rows, job.c, job.T);
     float* s = scratch(4, rows * span);
-    const bool given = job.panels == nullptr;
-    Packed packed{};
-    if (!given) {
-        const int64_t inner = round_up(job.image.width, CHUNK);
-        packed = pack_rows(job.image, first, rows, job.normalize, scratch(0, rows * inner),
-                           job.faults);
-    }
+    LeftRows left{};
+    if (!given(job)) left = left_rows(job, first, rows);
     for (int64_t k = 0; k < job.K; k += span) {
         const int64_t n = job.K - k < span ? job.K - k : span;
-        if (!given)
-            multiply_panels(packed, job.panels + k * packed.inner, round_up(n, PANEL), s, span);
+        if (!given(job)) cosines(job, left, rows, k, n, s, span);
         for (int64_t i = 0; i < rows; ++i) {
-            if (!given) {
+            if (!given(job)) {
                 check_products(job, s + i * span, first + i, n);
             } else if (!read_span(job.similarity, first + i, k, n, s + i * span)) {
                 job.faults[first + i] = kNotFinite;
@@ -229,56 +262,68 @@ static void rows_of_block(const RowJob& job, const Scale* scales, int64_t first,
     finish(job, scales, first, rows, states);
 }
 
+struct RowRun {
+    const RowJob* job;
+    const Scale* scales;
+    int64_t B, unit, block;
+    // a batch too small to share by rows: shared by classes instead
+    LeftRows left;
+    float* s;
+    int64_t first, span;
+};
+
 static void rows_kernel(const RowJob& job, const Pool& pool) {
-    const int64_t B = job.panels != nullptr ? job.image.count : job.similarity.count;
-    if (B == 0) return;
+    RowRun run{};
+    run.B = given(job) ? job.similarity.count : job.image.count;
+    if (run.B == 0) return;
     Scale scales[MAX_TAUS];
     for (int t = 0; t < job.T; ++t) scales[t] = make_scale(job.taus[t]);
-    RowRun run{};
     run.job = &job;
     run.scales = scales;
-    if (job.similarity.data != nullptr) std::memset(job.faults, kFine, B);
+    run.unit = MR;
+    run.block = BLOCK;
+#if FASTOOD_AMX
+    if (job.split != nullptr) {
+        run.unit = SQUARE;
+        run.block = 4 * SQUARE;
+    }
+#endif
+    if (given(job)) std::memset(job.faults, kFine, run.B);
 
-    const int64_t units = (B + MR - 1) / MR;
-    const bool shared = job.panels != nullptr && units < 2 * pool.threads && job.K >= 8 * PANEL;
+    const int64_t units = (run.B + run.unit - 1) / run.unit;
+    const bool shared = !given(job) && units < 2 * pool.threads && job.K >= 8 * PANEL;
     if (!shared) {
         pool.run(
             units,
             [](void* context, int64_t begin, int64_t end) {
                 const RowRun& r = *static_cast<const RowRun*>(context);
-                const int64_t all_rows = r.job->panels != nullptr ? r.job->image.count
-                                                                  : r.job->similarity.count;
-                for (int64_t first = begin * MR; first < end * MR; first += BLOCK) {
-                    const int64_t stop = end * MR < all_rows ? end * MR : all_rows;
-                    if (first >= stop) break;
+                const int64_t stop = end * r.unit < r.B ? end * r.unit : r.B;
+                for (int64_t first = begin * r.unit; first < stop; first += r.block)
                     rows_of_block(*r.job, r.scales, first,
-                                  stop - first < BLOCK ? stop - first : BLOCK);
-                }
+                                  stop - first < r.block ? stop - first : r.block);
             },
             &run);
         return;
     }
 
-    const int64_t span = span_of(job.K), inner = round_up(job.image.width, CHUNK);
-    run.packed = pack_rows(job.image, 0, B, job.normalize, scratch(0, B * inner), job.faults);
-    run.s = scratch(4, B * span);
-    run.ldc = span;
-    run.states = states_for(B, job.c, job.T);
-    for (run.first = 0; run.first < job.K; run.first += span) {
-        const int64_t n = job.K - run.first < span ? job.K - run.first : span;
+    run.span = span_of(job.K);
+    run.left = left_rows(job, 0, run.B);
+    run.s = scratch(4, run.B * run.span);
+    const States states = states_for(run.B, job.c, job.T);
+    for (run.first = 0; run.first < job.K; run.first += run.span) {
+        const int64_t n = job.K - run.first < run.span ? job.K - run.first : run.span;
         pool.run(
             round_up(n, PANEL) / PANEL,
             [](void* context, int64_t begin, int64_t end) {
                 const RowRun& r = *static_cast<const RowRun*>(context);
-                const int64_t column = begin * PANEL;
-                multiply_panels(r.packed, r.job->panels + (r.first + column) * r.packed.inner,
-                                (end - begin) * PANEL, r.s + column, r.ldc);
+                cosines(*r.job, r.left, r.B, r.first + begin * PANEL, (end - begin) * PANEL,
+                        r.s + begin * PANEL, r.span);
             },
             &run);
-        for (int64_t i = 0; i < B; ++i) {
-            check_products(job, run.s + i * span, i, n);
-            take_span(job, scales, run.s + i * span, run.first, n, i, run.states);
+        for (int64_t i = 0; i < run.B; ++i) {
+            check_products(job, run.s + i * run.span, i, n);
+            take_span(job, scales, run.s + i * run.span, run.first, n, i, states);
         }
     }
-    finish(job, scales, 0, B, run.states);
+    finish(job, scales, 0, run.B, states);
 }

@@ -5,16 +5,17 @@ Callers have checked types, shapes and options; NaN, Inf and zero rows are found
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastood.ops import loader
 from fastood.ops.epilogue import score_of
-from fastood.ops.requests import Request, needs
-from fastood.ops.rows import row_statistics, similarity_statistics
+from fastood.ops.requests import Needs, Request, needs
+from fastood.ops.rows import RowStatistics, row_statistics, similarity_statistics
 
 __all__ = [
     "differentiable",
@@ -23,9 +24,12 @@ __all__ = [
     "pack_text",
     "similarity_graph",
     "similarity_scores",
+    "split_text",
+    "splits_text",
 ]
 
-_MAX_TAUS = 16
+_MAX_TAUS = 16  # of one pass, as in csrc/cpu/kernels.h
+_HELD = 4  # top values a pass holds at least, as in csrc/bind/rows.h
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
@@ -44,15 +48,52 @@ def pack_text(text: Tensor, *, normalize: bool, name: str = "text") -> Tensor:
     return loader.cpu().pack_text(text.detach(), normalize, name)
 
 
+def splits_text() -> bool:
+    """Whether row scores go through a matrix unit, which takes classes in a layout of its own."""
+    return loader.cpu().splits_text()
+
+
+def split_text(text: Tensor) -> Tensor:
+    """Unit rows ``text (K, D)`` in that layout (three bfloat16 numbers for each of float32)."""
+    return loader.cpu().split_text(text.detach())
+
+
+def _passes(requests: tuple[Request, ...], held: int) -> list[list[int]]:
+    """Numbers of the requests that share a pass over the classes: up to 16 temperatures, and as
+    many top values if more than ``held``.
+
+    How many values are held decides how the others are summed, and so the last digit of a score;
+    it must not depend on what else is asked.
+    """
+    passes: list[list[int]] = []
+    current: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        count = max(request.c, held)
+        together = current.get(count)
+        taus = {requests[j].tau for j in together or ()} | {request.tau}
+        if together is None or len(taus) > _MAX_TAUS:
+            together = current[count] = []
+            passes.append(together)
+        together.append(i)
+    return passes
+
+
+class _Pass(NamedTuple):
+    plan: Any
+    of: list[int]
+    """Which of the requests."""
+
+
 @lru_cache(maxsize=256)
-def _plan(requests: tuple[Request, ...], module: Any) -> Any:
-    wanted = needs(requests)
-    return module.Plan(
-        list(wanted.taus),
-        [(int(r.kind), wanted.taus.index(r.tau), r.c, r.reset, r.flag) for r in requests],
-        wanted.c,
-        wanted.moments,
-    )
+def _planned(requests: tuple[Request, ...], module: Any) -> list[_Pass]:
+    planned = []
+    for of in _passes(requests, _HELD):
+        part = tuple(requests[i] for i in of)
+        wanted = needs(part)
+        asked = [(int(r.kind), wanted.taus.index(r.tau), r.c, r.reset, r.flag) for r in part]
+        plan = module.Plan(list(wanted.taus), asked, wanted.c, wanted.moments)
+        planned.append(_Pass(plan, of))
+    return planned
 
 
 def feature_scores(
@@ -89,12 +130,15 @@ def similarity_scores(
 
 def _call(requests: tuple[Request, ...], *arguments: Any) -> tuple[Tensor, Tensor | None]:
     module = loader.cpu()
-    if len(requests) > _MAX_TAUS and len(needs(requests).taus) > _MAX_TAUS:  # more passes then
-        half = len(requests) // 2
-        first, second = _call(requests[:half], *arguments), _call(requests[half:], *arguments)
-        return torch.cat([first[0], second[0]]), first[1]
-    scores, classes = module.row_scores(_plan(requests, module), *arguments)
-    return scores, classes
+    planned = _planned(requests, module)
+    first = module.row_scores(planned[0].plan, *arguments)
+    if len(planned) == 1:
+        return first
+    scores = first[0].new_empty(len(requests), first[0].shape[1])
+    scores[planned[0].of] = first[0]
+    for plan, of in planned[1:]:
+        scores[of] = module.row_scores(plan, *arguments)[0]
+    return scores, first[1]
 
 
 def feature_graph(
@@ -102,15 +146,33 @@ def feature_graph(
 ) -> tuple[Tensor, Tensor]:
     """(R, B) differentiable scores of ``image (B, D)`` and ``text (K, D)`` as they are multiplied,
     and (B,) nearest classes."""
-    taus, c, moments = needs(requests)
-    found = row_statistics(image, text, taus=taus, c=c, moments=moments, panels=panels)
-    values = torch.stack([score_of(r, found, taus, text.shape[0]) for r in requests])
-    return values, found.classes[:, 0]
+
+    def statistics(wanted: Needs) -> RowStatistics:
+        taus, c, moments = wanted
+        return row_statistics(image, text, taus=taus, c=c, moments=moments, panels=panels)
+
+    return _graph(requests, statistics, text.shape[0])
 
 
 def similarity_graph(requests: tuple[Request, ...], similarity: Tensor) -> tuple[Tensor, Tensor]:
     """(R, B) differentiable scores of similarities (B, K), and (B,) classes of the largest."""
-    taus, c, moments = needs(requests)
-    found = similarity_statistics(similarity, taus=taus, c=c, moments=moments)
-    values = torch.stack([score_of(r, found, taus, similarity.shape[1]) for r in requests])
-    return values, found.classes[:, 0]
+
+    def statistics(wanted: Needs) -> RowStatistics:
+        taus, c, moments = wanted
+        return similarity_statistics(similarity, taus=taus, c=c, moments=moments)
+
+    return _graph(requests, statistics, similarity.shape[1])
+
+
+def _graph(
+    requests: tuple[Request, ...], statistics: Callable[[Needs], RowStatistics], k: int
+) -> tuple[Tensor, Tensor]:
+    values: dict[int, Tensor] = {}
+    classes: list[Tensor] = []
+    for of in _passes(requests, k):
+        wanted = needs(tuple(requests[i] for i in of))
+        found = statistics(wanted)
+        classes.append(found.classes[:, 0])
+        for i in of:
+            values[i] = score_of(requests[i], found, wanted.taus, k)
+    return torch.stack([values[i] for i in range(len(requests))]), classes[0]

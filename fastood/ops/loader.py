@@ -82,6 +82,12 @@ def _first() -> ModuleType:
         except BuildError as error:
             _failure = str(error)
             raise
+        chosen = os.environ.get("FASTOOD_ISA")
+        if chosen:  # the same numbers on different machines, or a comparison
+            try:
+                module.choose_instruction_set(chosen)
+            except ValueError as error:
+                raise ValueError(f"FASTOOD_ISA: {error}") from None
         _module = module
         return module
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fastood.ops.fused import pack_text
+from fastood.ops.fused import pack_text, split_text, splits_text
 from fastood.scores.inputs import (
     check_count,
     check_features,
@@ -88,6 +88,7 @@ class ClassBank:
         self.text = _prepare("text", text, normalize)
         self.normalize = normalize
         self._panels: Tensor | None = None
+        self._split: Tensor | None = None
         self._negative_panels: Tensor | None = None
         self.negatives: Tensor | None = None
         self.permutation: Tensor | None = None
@@ -121,6 +122,15 @@ class ClassBank:
         return self._panels
 
     @property
+    def row_panels(self) -> Tensor:
+        """The classes as row scores take them here: ``panels``, or split for a matrix unit."""
+        if not splits_text():
+            return self.panels
+        if self._split is None:
+            self._split = split_text(self.text)
+        return self._split
+
+    @property
     def negative_panels(self) -> Tensor:
         """The (G m, D) rows of the groups packed likewise, padding included."""
         if self.negatives is None:
@@ -144,7 +154,7 @@ class ClassBank:
         """A bank on another device or in another float dtype; the permutation stays."""
         moved = object.__new__(ClassBank)
         moved.__dict__.update(self.__dict__)
-        moved._panels = moved._negative_panels = None
+        moved._panels = moved._split = moved._negative_panels = None
         moved.text = self.text.to(*args, **kwargs)
         if self.negatives is not None:
             moved.negatives = self.negatives.to(*args, **kwargs)

@@ -80,14 +80,18 @@ def local_rows(
     _check_sizes(local.shape[1], t.shape[-2])
     normalize = normalize and (bank is None or bank.normalize)
 
-    if choose(impl, local, t) == "cpu" and t.ndim == 2:
+    implementation = choose(impl, local, t)
+    if implementation == "cpu" and t.ndim == 2:
         patches, per_image = local.flatten(0, 1), local.shape[1]
         if fused.differentiable(local, t):
             z, t = _features(local, t, normalize, ready=bank is not None)
             packed = None if bank is None else bank.packed
             found, _ = fused.feature_graph(requests, z.flatten(0, 1), t, packed)
         else:
-            panels = packed_classes(t, normalize) if bank is None else bank.panels
+            if bank is None:
+                panels = packed_classes(t, normalize, ("local", local))
+            else:
+                panels = bank.row_panels
             found, _ = fused.feature_scores(
                 requests,
                 patches,
@@ -106,7 +110,7 @@ def local_rows(
     for rows in row_blocks(len(z), z.shape[1] * t.shape[-2]):
         part = unit_rows(z[rows]) if normalize else z[rows]
         s = matmul_classes(part, t[rows] if t.ndim == 3 else t)
-        parts.append(torch.stack([reference.l_mcm(s, tau) for tau in taus]))
+        parts.append(_of_similarity(requests, s, implementation))
     return torch.cat(parts, dim=1)
 
 

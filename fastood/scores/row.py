@@ -127,15 +127,29 @@ def score_rows(
         z = working(check_features("image", image, (2,), "(B, D)"))
         z = unit_rows(z) if normalize else z
         return RowScores(*fused.feature_graph(requests, z, bank.text, bank.packed))
-    panels = packed_classes(rows, normalize) if bank is None else bank.panels
+    if bank is None:
+        panels = packed_classes(rows, normalize, ("image", image))
+    else:
+        panels = bank.row_panels
     found = fused.feature_scores(requests, image, panels, k=k, normalize=normalize, classes=classes)
     return RowScores(*found)
 
 
-def packed_classes(text: Tensor, normalize: bool) -> Tensor:
-    """Class features packed for one call, normalised exactly as a ``ClassBank`` does it."""
-    text = working(check_features("text", text.detach(), (2,), "(K, D)"))
-    return fused.pack_text(unit_rows(text) if normalize else text, normalize=False)
+def packed_classes(text: Tensor, normalize: bool, features: tuple[str, Tensor]) -> Tensor:
+    """Class features packed for one call, normalised exactly as a ``ClassBank`` does it.
+
+    ``features`` and their name: where both are bad, they are the ones to complain of.
+    """
+    try:
+        text = working(check_features("text", text.detach(), (2,), "(K, D)"))
+    except ValueError:
+        name, x = features
+        check_features(name, x, (x.ndim,), "")
+        raise
+    text = unit_rows(text) if normalize else text
+    if fused.splits_text():
+        return fused.split_text(text)
+    return fused.pack_text(text, normalize=False)
 
 
 def _by_reference(
