@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastood.ops import loader
 
@@ -21,7 +22,8 @@ def choose(impl: str | None, *tensors: Tensor | None) -> Literal["reference", "c
 
     ``impl``, else ``FASTOOD_IMPL``, is obeyed or refused. Left open, float32, bfloat16 and float16
     tensors on the CPU take the C++ kernels if they can be had (``fastood info`` says why not);
-    everything else, float64 above all, takes the reference.
+    everything else, float64 above all, takes the reference, and so does whatever runs under
+    ``torch.func`` or forward-mode derivatives: the kernels know backward gradients alone.
 
     Raises:
         ValueError: an unknown name; one that cannot compute these tensors.
@@ -32,7 +34,7 @@ def choose(impl: str | None, *tensors: Tensor | None) -> Literal["reference", "c
         for x in tensors:
             if x is not None and not (x.is_cpu and x.dtype != torch.float64):
                 return "reference"
-        return "cpu" if _have_cpu() else "reference"
+        return "cpu" if not _transformed() and _have_cpu() else "reference"
     if name == "reference":
         return "reference"
     source = "impl" if impl else "FASTOOD_IMPL"
@@ -44,6 +46,11 @@ def choose(impl: str | None, *tensors: Tensor | None) -> Literal["reference", "c
                 f"{source}: 'cpu' computes in float32, got a float64 tensor; "
                 "use impl='reference' or .float()"
             )
+    if _transformed():
+        raise ValueError(
+            f"{source}: 'cpu' knows neither torch.func nor forward-mode derivatives; "
+            "use impl='reference'"
+        )
     _require_cpu()
     return "cpu"
 
@@ -62,6 +69,12 @@ def _asked(impl: str | None) -> str | None:
     if name in ("triton", "cuda"):
         raise ValueError(f"{source}: {name!r} is not in this version; use 'cpu' or 'reference'")
     return name
+
+
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    inside_func = torch._C._functorch.peek_interpreter_stack() is not None
+    return inside_func or forward_ad._current_level >= 0
 
 
 @torch.compiler.assume_constant_result

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastood import reference
 
-__all__ = ["Kind", "Request", "needs", "reference_score"]
+__all__ = ["Kind", "Needs", "Request", "needs", "reference_score"]
 
 
 class Kind(IntEnum):

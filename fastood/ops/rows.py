@@ -290,6 +290,13 @@ def _gradient_of(
     )
 
 
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError(
+            "scores: gradients of gradients need the reference; give impl='reference'"
+        )
+
+
 def _save_row(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, text, panels, taus, _, _ = inputs
     ctx.mark_non_differentiable(output[1])
@@ -298,6 +305,7 @@ def _save_row(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _backward_row(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivatives()
     image, text, panels, *output = ctx.saved_tensors
     found = RowStatistics(*output)
     g = _gradient_of(found, upstream, ctx.taus, text.shape[0])
@@ -332,6 +340,7 @@ def _save_similarity(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 
 def _backward_similarity(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivatives()
     similarity, *output = ctx.saved_tensors
     found = RowStatistics(*output)
     g = _gradient_of(found, upstream, ctx.taus, similarity.shape[1])
