@@ -221,9 +221,12 @@ static void grouped_kernel(const GroupedJob& job, const Pool& pool) {
         [](void* context, int64_t begin, int64_t end) {
             const GroupedRun& r = *static_cast<const GroupedRun*>(context);
             const int64_t all_rows = r.job->image.count;
-            const int64_t stop = end * MR < all_rows ? end * MR : all_rows;
-            for (int64_t first = begin * MR; first < stop; first += BLOCK)
-                grouped_block(r, first, stop - first < BLOCK ? stop - first : BLOCK);
+            const int64_t from = begin * MR, stop = end * MR < all_rows ? end * MR : all_rows;
+            // each block reads all negatives: rather one larger block than a sliver at the end
+            const int64_t blocks = (stop - from + BLOCK / 2) / BLOCK;
+            const int64_t rows = round_up((stop - from) / (blocks > 1 ? blocks : 1) + 1, MR);
+            for (int64_t first = from; first < stop; first += rows)
+                grouped_block(r, first, stop - first < rows ? stop - first : rows);
         },
         &run);
 }

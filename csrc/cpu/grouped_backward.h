@@ -20,9 +20,9 @@ struct GroupedBackwardRun {
     const GroupedBackwardJob* job;
     Scale scale;
     GroupedSide side;
-    float* s;       // [GRADIENT_ROWS][span], similarities and then their gradient
+    float* s;       // [GRADIENT_ROWS][ld], similarities and then their gradient
     float* spread;  // the rows of the image in panels of columns
-    int64_t first, rows, column, columns, span, width;
+    int64_t first, rows, column, columns, span, ld, width;
 };
 
 // s[0:n] becomes factor * softmax(s / tau), given the log-sum-exp over all that it is a part of.
@@ -77,7 +77,7 @@ static void grouped_backward_rows(const GroupedBackwardRun& run, int64_t begin, 
     if (from >= to) return;
     const int64_t rows = to - from, n = run.columns, D = job.image.width;
     const int64_t inner = round_up(D, CHUNK);
-    float* s = run.s + from * run.span;
+    float* s = run.s + from * run.ld;
     float* row = scratch(1, run.width);
     float* packed = scratch(0, rows * inner);
     for (int64_t i = 0; i < rows; ++i) {
@@ -87,13 +87,13 @@ static void grouped_backward_rows(const GroupedBackwardRun& run, int64_t begin, 
             spread_row(row, from + i, run.width, GRADIENT_ROWS * PANEL, run.spread);
     }
     multiply_panels({packed, rows, inner}, run.side.panels + run.column * inner,
-                    round_up(n, PANEL), s, run.span);
+                    round_up(n, PANEL), s, run.ld);
     for (int64_t i = 0; i < rows; ++i)
-        grouped_gradient(run, run.first + from + i, s + i * run.span, n);
+        grouped_gradient(run, run.first + from + i, s + i * run.ld, n);
     if (job.d_image == nullptr) return;
     const int64_t depth = round_up(n, CHUNK);
     float* gradient = scratch(6, rows * depth);
-    for (int64_t i = 0; i < rows; ++i) pack_row(s + i * run.span, i, rows, depth, gradient);
+    for (int64_t i = 0; i < rows; ++i) pack_row(s + i * run.ld, i, rows, depth, gradient);
     float* out = job.d_image + (run.first + from) * run.width;
     if (run.column == 0 && !run.side.negative)
         std::memset(out, 0, sizeof(float) * rows * run.width);
@@ -111,7 +111,7 @@ static void grouped_backward_kernel(const GroupedBackwardJob& job, const Pool& p
     };
     const int64_t spans[2] = {span_of(sides[0].count), span_of(sides[1].count)};
     run.width = round_up(job.image.width, PANEL);
-    run.s = scratch(4, GRADIENT_ROWS * (spans[0] > spans[1] ? spans[0] : spans[1]) + W);
+    run.s = scratch(4, GRADIENT_ROWS * ((spans[0] > spans[1] ? spans[0] : spans[1]) + CHUNK) + W);
     run.spread = scratch(7, GRADIENT_ROWS * run.width);
     for (run.first = 0; run.first < job.image.count; run.first += GRADIENT_ROWS) {
         const int64_t left = job.image.count - run.first;
@@ -119,6 +119,7 @@ static void grouped_backward_kernel(const GroupedBackwardJob& job, const Pool& p
         for (int which = 0; which < 2; ++which) {
             run.side = sides[which];
             run.span = spans[which];
+            run.ld = run.span + CHUNK;  // 4 KiB apart, rows would share a few lines of L1
             const GroupedSide& side = run.side;
             if (side.gradient == nullptr && job.d_image == nullptr) continue;
             for (run.column = 0; run.column < side.count; run.column += run.span) {
@@ -140,7 +141,7 @@ static void grouped_backward_kernel(const GroupedBackwardJob& job, const Pool& p
                         const int64_t from = begin * MR;
                         const int64_t to = end * MR < r.columns ? end * MR : r.columns;
                         if (from < to)
-                            multiply_transposed(r.s + from, r.span, r.rows, to - from, r.spread,
+                            multiply_transposed(r.s + from, r.ld, r.rows, to - from, r.spread,
                                                 GRADIENT_ROWS * PANEL, r.width,
                                                 r.side.gradient + (r.column + from) * r.width,
                                                 r.width);
