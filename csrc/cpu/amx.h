@@ -139,8 +139,7 @@ FASTOOD_AMX_TARGET static void multiply_split(const SplitRows& a, const uint16_t
     _tile_storeconfig(before);
     const TileShapes shapes;
     _tile_loadconfig(&shapes);
-    const int64_t slice_a = a.parts * 2 * TILE, slice_b = PARTS * 2 * TILE;
-    for (int64_t column = 0; column < columns; column += PANEL, panels += a.slices * slice_b)
+    for (int64_t column = 0; column < columns; column += PANEL, panels += a.slices * SPLIT_SLICE)
         for (int64_t s = 0; s < a.slices; s += SLICES_DEEP) {
             const int64_t deep = a.slices - s < SLICES_DEEP ? a.slices - s : SLICES_DEEP;
             for (int64_t row = 0; row < a.rows; row += SQUARE) {
@@ -150,7 +149,7 @@ FASTOOD_AMX_TARGET static void multiply_split(const SplitRows& a, const uint16_t
                                                      : (tall ? square<PARTS, true>
                                                              : square<PARTS, false>);
                 multiply(a.data + (row * a.slices + s * SQUARE) * a.parts * SLICE,
-                         panels + s * slice_b, deep, out);
+                         panels + s * SPLIT_SLICE, deep, out);
                 float* to = c + row * ldc + column;
                 for (int64_t i = 0; i < height; ++i, to += ldc)
                     for (int64_t j = 0; j < PANEL; j += W)
@@ -165,13 +164,14 @@ FASTOOD_AMX_TARGET static void multiply_split(const SplitRows& a, const uint16_t
 // would overflow or vanish is scaled by a power of two first, which changes none of its digits.
 static Fault prepare_raw_row(float* row, int64_t padded, bool normalize, float* scale) {
     float squares = sum_of_squares(row, padded), power = 1.0f;
+    *scale = 1.0f;  // also of a row that is left out: what it is multiplied by must be a number
     if (!(squares > 1e-30f && squares < 1e30f)) {
         const Fault fault = prepare_row(row, padded, false);
         if (fault != kFine) return fault;
         vf most{};
         for (int64_t k = 0; k < padded; k += W) most = larger(most, larger(load(row + k), -load(row + k)));
         power = __builtin_ldexpf(1.0f, -__builtin_ilogbf(largest(most)));
-        if (power > 1e38f) power = 1.7e38f;
+        if (power > 0x1p126f) power = 0x1p127f;  // of subnormals
         scale_row(row, padded, power);
         squares = sum_of_squares(row, padded);
     }

@@ -10,6 +10,7 @@ namespace FASTOOD_ISA {
 #if FASTOOD_AMX
 #include "amx.h"
 #endif
+#include "left.h"
 #include "top.h"
 #include "state.h"
 #include "epilogue.h"

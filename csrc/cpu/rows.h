@@ -1,8 +1,6 @@
 // Global scores: product, top values, sums and epilogue of a block of rows, one pass.
 #pragma once
 
-constexpr int64_t BLOCK = 8 * MR;  // rows whose similarities are in scratch at the same time
-
 // The states of a block of rows, in memory of the calling thread.
 struct States {
     Best* tops;     // [rows][c]
@@ -192,52 +190,6 @@ static void check_products(const RowJob& job, float* s, int64_t row, int64_t n) 
     std::memset(s, 0, sizeof(float) * n);
 }
 
-// Some image rows, ready to be multiplied by classes.
-struct LeftRows {
-    Packed packed;
-#if FASTOOD_AMX
-    SplitRows split;
-    float* scales;  // of each row of products, or null
-#endif
-};
-
-static LeftRows left_rows(const RowJob& job, int64_t first, int64_t rows) {
-    LeftRows left{};
-#if FASTOOD_AMX
-    if (job.split != nullptr) {
-        const int64_t numbers =
-            round_up(rows, SQUARE) * round_up(job.image.width, SLICE) * PARTS;
-        left.scales = scratch(6, rows);
-        left.split = split_rows(job.image, first, rows, job.normalize,
-                                reinterpret_cast<uint16_t*>(scratch(0, numbers / 2)), left.scales,
-                                job.faults);
-        if (left.split.parts > 1) left.scales = nullptr;
-        return left;
-    }
-#endif
-    const int64_t inner = round_up(job.image.width, CHUNK);
-    left.packed = pack_rows(job.image, first, rows, job.normalize, scratch(0, rows * inner),
-                            job.faults);
-    return left;
-}
-
-// s[rows, columns] = cosines with classes from `first` on, a multiple of PANEL.
-static void cosines(const RowJob& job, const LeftRows& left, int64_t rows, int64_t first,
-                    int64_t columns, float* s, int64_t span) {
-    columns = round_up(columns, PANEL);
-#if FASTOOD_AMX
-    if (job.split != nullptr) {
-        multiply_split(left.split, job.split + first / PANEL * left.split.slices * SPLIT_SLICE,
-                       columns, s, span);
-        if (left.scales != nullptr)
-            for (int64_t i = 0; i < rows; ++i) scale_row(s + i * span, columns, left.scales[i]);
-        return;
-    }
-#endif
-    (void)rows;
-    multiply_panels(left.packed, job.panels + first * left.packed.inner, columns, s, span);
-}
-
 static bool given(const RowJob& job) { return job.similarity.data != nullptr; }
 
 static void rows_of_block(const RowJob& job, const Scale* scales, int64_t first, int64_t rows) {
@@ -245,10 +197,11 @@ static void rows_of_block(const RowJob& job, const Scale* scales, int64_t first,
     const States states = states_for(rows, job.c, job.T);
     float* s = scratch(4, rows * span);
     LeftRows left{};
-    if (!given(job)) left = left_rows(job, first, rows);
+    if (!given(job))
+        left = left_rows(job.image, job.normalize, job.split != nullptr, first, rows, job.faults);
     for (int64_t k = 0; k < job.K; k += span) {
         const int64_t n = job.K - k < span ? job.K - k : span;
-        if (!given(job)) cosines(job, left, rows, k, n, s, span);
+        if (!given(job)) products(left, {job.panels, job.split}, k, n, s, span);
         for (int64_t i = 0; i < rows; ++i) {
             if (!given(job)) {
                 check_products(job, s + i * span, first + i, n);
@@ -280,14 +233,8 @@ static void rows_kernel(const RowJob& job, const Pool& pool) {
     for (int t = 0; t < job.T; ++t) scales[t] = make_scale(job.taus[t]);
     run.job = &job;
     run.scales = scales;
-    run.unit = MR;
-    run.block = BLOCK;
-#if FASTOOD_AMX
-    if (job.split != nullptr) {
-        run.unit = SQUARE;
-        run.block = 4 * SQUARE;
-    }
-#endif
+    run.unit = unit_of_rows(job.split != nullptr);
+    run.block = round_up(BLOCK, run.unit);
     if (given(job)) std::memset(job.faults, kFine, run.B);
 
     const int64_t units = (run.B + run.unit - 1) / run.unit;
@@ -307,7 +254,7 @@ static void rows_kernel(const RowJob& job, const Pool& pool) {
     }
 
     run.span = span_of(job.K);
-    run.left = left_rows(job, 0, run.B);
+    run.left = left_rows(job.image, job.normalize, job.split != nullptr, 0, run.B, job.faults);
     run.s = scratch(4, run.B * run.span);
     const States states = states_for(run.B, job.c, job.T);
     for (run.first = 0; run.first < job.K; run.first += run.span) {
@@ -316,8 +263,8 @@ static void rows_kernel(const RowJob& job, const Pool& pool) {
             round_up(n, PANEL) / PANEL,
             [](void* context, int64_t begin, int64_t end) {
                 const RowRun& r = *static_cast<const RowRun*>(context);
-                cosines(*r.job, r.left, r.B, r.first + begin * PANEL, (end - begin) * PANEL,
-                        r.s + begin * PANEL, r.span);
+                products(r.left, {r.job->panels, r.job->split}, r.first + begin * PANEL,
+                         (end - begin) * PANEL, r.s + begin * PANEL, r.span);
             },
             &run);
         for (int64_t i = 0; i < run.B; ++i) {
