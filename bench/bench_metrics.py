@@ -1,53 +1,101 @@
-"""All metrics of one ID/OOD pair (AUROC, both AUPR, both FPR95) against scikit-learn.
+"""All metrics of one ID/OOD pair: AUROC, both AUPR, both FPR95.
 
     pytest bench/bench_metrics.py --benchmark-only
 
-Sizes are those of ImageNet-1k against one far-OOD set: 50,000 and 10,000 scores. The peer computes
-the same five numbers the way the field's evaluation scripts do.
+scikit-learn computes the same five numbers the way the field's scripts do; ``OODMetrics`` of
+pytorch-ood has trapezoidal AUPRs and AUTC in place of one FPR95.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from bench.conftest import SMOKE
+from bench import peers
+from bench.shapes import SCORES
+from bench.suite import Goal, Work
 from fastood.metrics import evaluate
 
-N_ID, N_OOD = (500, 100) if SMOKE else (50_000, 10_000)
+NAMES = ("AUROC", "AUPR-IN", "AUPR-OUT", "FPR95-ID", "FPR95-OOD")
+IMPLEMENTATIONS = ["scikit-learn", "pytorch-ood", "fastood"]
 
 
-def scores() -> tuple[np.ndarray, np.ndarray]:
+def metrics_of_scores() -> Work:
+    n_id, n_ood = SCORES
     g = np.random.default_rng(0)
-    id_scores = g.normal(1.2e-3, 4e-5, N_ID).astype(np.float32)
-    return id_scores, g.normal(1.14e-3, 4e-5, N_OOD).astype(np.float32)
+    pair = (
+        g.normal(1.2e-3, 4e-5, n_id).astype(np.float32),
+        g.normal(1.14e-3, 4e-5, n_ood).astype(np.float32),
+    )
+
+    def as_tensor(found: dict[str, float]) -> Tensor:
+        return torch.tensor([float(found[name]) for name in NAMES], dtype=torch.float64)
+
+    calls = {"fastood": lambda: as_tensor(evaluate(*pair))}
+    tolerance = {"": (0.0, 1e-12)}
+    if peers.HAVE_SCIKIT_LEARN:
+        calls["scikit-learn"] = lambda: as_tensor(peers.scikit_learn_metrics(*pair))
+        tolerance["scikit-learn"] = (0.0, 5 / n_ood)  # among equal recalls it takes the lowest FPR
+    if peers.HAVE_PYTORCH_OOD:
+        ours = evaluate(*pair)
+        calls["pytorch-ood"] = lambda: as_tensor(
+            {"FPR95-ID": ours["FPR95-ID"], **peers.pytorch_ood_metrics(*pair)}
+        )
+        tolerance["pytorch-ood"] = (0.0, 10 / n_ood)  # the trapezoid
+    return Work(
+        name=f"metrics of {n_id} + {n_ood} scores",
+        calls=calls,
+        truth=lambda: by_definition(*pair),
+        flops=0.0,
+        moved=4.0 * (n_id + n_ood),
+        tolerance=tolerance,
+        goals={
+            "fastood": (
+                Goal("speedup", 10.0, against="scikit-learn"),
+                Goal("speedup", 20.0, against="pytorch-ood"),
+            )
+        },
+        precision="float32 in",
+    )
 
 
-def with_scikit_learn(id_scores: np.ndarray, ood_scores: np.ndarray) -> dict[str, float]:
-    metrics = pytest.importorskip("sklearn.metrics")
-    y = np.r_[np.ones(len(id_scores)), np.zeros(len(ood_scores))]
-    s = np.r_[id_scores, ood_scores]
-    fpr, tpr, _ = metrics.roc_curve(y, s, drop_intermediate=False)
-    fpr_ood, tpr_ood, _ = metrics.roc_curve(1 - y, -s, drop_intermediate=False)
-    return {
-        "AUROC": metrics.roc_auc_score(y, s),
-        "AUPR-IN": metrics.average_precision_score(y, s),
-        "AUPR-OUT": metrics.average_precision_score(1 - y, -s),
-        "FPR95-ID": fpr[np.argmin(np.abs(tpr - 0.95))],
-        "FPR95-OOD": fpr_ood[np.argmax(tpr_ood >= 0.95)],
-    }
+def by_definition(id_scores: np.ndarray, ood_scores: np.ndarray) -> Tensor:
+    """The five numbers from their definitions: one threshold at each score, counted in full."""
+    a, b = np.sort(id_scores), np.sort(ood_scores)
+    n, m = len(a), len(b)
+    below = np.searchsorted(b, a, "left") + np.searchsorted(b, a, "right")
+    auroc = below.sum() / (2 * n * m)
+
+    def precision_recall(positive: np.ndarray, other: np.ndarray) -> float:
+        """Σ (recall step) x precision; both sorted so that positives are higher."""
+        thresholds = np.unique(positive)[::-1]
+        hits = len(positive) - np.searchsorted(positive, thresholds, "left")
+        false = len(other) - np.searchsorted(other, thresholds, "left")
+        steps = np.diff(np.r_[0, hits]) / len(positive)
+        return float((steps * hits / (hits + false)).sum())
+
+    thresholds = np.unique(np.r_[a, b])[::-1]
+    tpr = (n - np.searchsorted(a, thresholds, "left")) / n
+    fpr = (m - np.searchsorted(b, thresholds, "left")) / m
+    nearest = np.abs(tpr - 0.95)
+    at = np.flatnonzero(nearest == nearest.min())[-1]  # the lowest threshold of equal recall
+    lowest = np.unique(np.r_[a, b])
+    caught = np.searchsorted(b, lowest, "right") / m
+    lost = np.searchsorted(a, lowest, "right") / n
+    return torch.tensor(
+        [
+            auroc,
+            precision_recall(a, b),
+            precision_recall(np.sort(-b), np.sort(-a)),
+            fpr[at],
+            lost[np.argmax(caught >= 0.95)],
+        ],
+        dtype=torch.float64,
+    )
 
 
-IMPLEMENTATIONS = {"fastood": evaluate, "scikit-learn": with_scikit_learn}
-
-
-@pytest.mark.benchmark(group=f"metrics {N_ID} x {N_OOD}")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def bench_all_metrics(benchmark, impl):
-    pair = scores()
-    ours, peer = evaluate(*pair), with_scikit_learn(*pair)
-    for name, value in peer.items():
-        # the two FPR rules may take neighbouring thresholds
-        assert ours[name] == pytest.approx(value, abs=1e-12 if "FPR" not in name else 2 / N_OOD)
-    benchmark.extra_info["scores"] = N_ID + N_OOD
-    benchmark(IMPLEMENTATIONS[impl], *pair)
+def bench_all_metrics(run, impl):
+    run(metrics_of_scores, impl)

@@ -1,0 +1,192 @@
+"""One piece of work, everything that can do it, and what is recorded of each.
+
+A ``bench_*.py`` builds a ``Work``; ``record`` checks all its implementations against float64,
+times them against each other and against the bare product, and says what is known of one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bench.limits import BARE, bare_products, limit_seconds, peak_flops, stream_bytes
+from bench.timing import Timing, interleave, ratio
+from fastood.errors import BuildError
+
+__all__ = ["Goal", "Work", "measure", "record"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What an implementation should reach: nothing is asserted, the report shows it.
+
+    ``slowdown``: time over that of ``against``, at most. ``speedup``: time of ``against`` over its
+    own, at least. ``extra us``: microseconds above ``against``, at most. ``peak MiB``: memory, at
+    most. ``against="G*"`` is the bare product.
+    """
+
+    kind: Literal["slowdown", "speedup", "extra us", "peak MiB"]
+    least: float
+    aim: float | None = None
+    against: str = "G*"
+
+
+@dataclass
+class Work:
+    """Implementations of one thing on one shape.
+
+    Args:
+        name: of the group.
+        calls: by implementation; what is not installed is left out.
+        truth: the result in float64.
+        flops, moved: of the arithmetic nobody can avoid, and bytes of inputs and outputs.
+        product: the two factors of the bare product, (B, D) and (K, D); None if there is none.
+        tolerance: (relative, absolute) error allowed, by implementation; ``""`` for the others.
+        part: the row of a (R, B) result that an implementation computes alone.
+        by_largest: errors relative to the largest number rather than to each (gradients).
+        goals: by implementation.
+        precision: of the inputs and the arithmetic.
+    """
+
+    name: str
+    calls: dict[str, Callable[[], Any]]
+    truth: Callable[[], Tensor]
+    flops: float
+    moved: float
+    product: tuple[Tensor, Tensor] | None = None
+    tolerance: Mapping[str, tuple[float, float]] = field(
+        default_factory=lambda: {"fastood": (1e-4, 1e-7), "": (2e-2, 1e-4)}
+    )
+    part: Mapping[str, int] = field(default_factory=dict)
+    by_largest: bool = False
+    goals: Mapping[str, tuple[Goal, ...]] = field(default_factory=dict)
+    precision: str = "float32"
+
+
+@dataclass
+class Measured:
+    """All that is known of a ``Work``: accuracy and times, or why there are none."""
+
+    work: Work
+    accuracy: dict[str, dict[str, float]]
+    wrong: dict[str, str]
+    calls: dict[str, Callable[[], Any]]
+    times: dict[str, Timing]
+
+    @property
+    def bare(self) -> Timing | None:
+        """G*"""
+        return min(
+            (self.times[name] for name in BARE if name in self.times),
+            key=lambda t: t.median,
+            default=None,
+        )
+
+
+def measure(work: Work) -> Measured:
+    """Check every implementation, then time those that are right, interleaved."""
+    truth = work.truth().double()
+    accuracy, wrong = {}, {}
+    for name, call in work.calls.items():
+        wanted = truth[work.part[name]] if name in work.part else truth
+        try:
+            result = call()
+        except BuildError:  # no compiler here: no kernels to time
+            continue
+        found, why = _accuracy(result, wanted, work, name)
+        accuracy[name] = found
+        if why:
+            wrong[name] = why
+    calls = {n: c for n, c in work.calls.items() if n in accuracy and n not in wrong}
+    if work.product is not None:
+        products = bare_products(*work.product)
+        z, t = work.product
+        for name, call in products.items():
+            torch.testing.assert_close(call(), z @ t.T, rtol=1e-3, atol=1e-3)
+        calls = products | calls
+    return Measured(work, accuracy, wrong, calls, interleave(calls))
+
+
+def _accuracy(
+    result: Any, truth: Tensor, work: Work, name: str
+) -> tuple[dict[str, float], str | None]:
+    got = torch.as_tensor(result)
+    if got.shape != truth.shape:
+        return {}, f"expected {tuple(truth.shape)}, got {tuple(got.shape)}"
+    distinct = got.unique().numel()
+    got = got.double()
+    error = (got - truth).abs()
+    scale = truth.abs().max() if work.by_largest else truth.abs()
+    kind = "fastood" if name.startswith("fastood") else ""
+    allowed = next(work.tolerance[n] for n in (name, kind, "") if n in work.tolerance)
+    relative, absolute = allowed
+    found = {
+        "max_rel_error": float((error / scale.clamp_min(1e-300)).max()),
+        "distinct": distinct,
+        "distinct_float64": truth.unique().numel(),
+    }
+    beyond = error > relative * scale + absolute
+    if bool(beyond.any()) or not bool(torch.isfinite(got).all()):
+        return found, (
+            f"{int(beyond.sum())} of {beyond.numel()} numbers differ from float64 by more than "
+            f"{relative:g} relative + {absolute:g}: at most {float(error.max()):.3g}"
+        )
+    return found, None
+
+
+def record(measured: Measured, name: str, peak_mib: float | None) -> dict[str, Any]:
+    """What goes into ``extra_info`` for one implementation."""
+    work, times = measured.work, measured.times
+    own, bare = times[name], measured.bare
+    low, high = own.quartiles
+    found: dict[str, Any] = {
+        "work": work.name,
+        "impl": name,
+        "precision": work.precision,
+        "flops": work.flops,
+        "bytes": work.moved,
+        "median_s": own.median,
+        "quartiles_s": [low, high],
+        "rounds": len(own.seconds),
+        "gflops_per_s": work.flops / own.median / 1e9,
+        "gbytes_per_s": work.moved / own.median / 1e9,
+        "limit_s": limit_seconds(work.flops, work.moved),
+        "share_of_limit": limit_seconds(work.flops, work.moved) / own.median,
+        "machine_gflops_per_s": peak_flops() / 1e9,
+        "machine_gbytes_per_s": stream_bytes() / 1e9,
+        "to": {},
+        **measured.accuracy.get(name, {}),
+    }
+    if peak_mib is not None:
+        found["peak_mib"] = peak_mib
+    if bare is not None:
+        found["bare_s"] = bare.median
+    for other, timing in (times | ({"G*": bare} if bare is not None else {})).items():
+        if other != name:
+            r = ratio(own, timing)
+            found["to"][other] = [r.value, r.low, r.high]
+    found["goals"] = [_judged(g, measured, own, peak_mib) for g in work.goals.get(name, ())]
+    return found
+
+
+def _judged(goal: Goal, measured: Measured, own: Timing, peak_mib: float | None) -> dict[str, Any]:
+    against = measured.bare if goal.against == "G*" else measured.times.get(goal.against)
+    value = peak_mib if goal.kind == "peak MiB" else None
+    if against is not None:
+        if goal.kind == "slowdown":
+            value = own.median / against.median
+        elif goal.kind == "speedup":
+            value = against.median / own.median
+        elif goal.kind == "extra us":
+            value = (own.median - against.median) * 1e6
+    return {
+        "kind": goal.kind,
+        "least": goal.least,
+        "aim": goal.aim,
+        "against": goal.against,
+        "value": value,
+    }
