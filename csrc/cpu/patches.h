@@ -6,7 +6,7 @@
 // when the number of patches that count is known. The order of every sum depends on the data alone,
 // never on the threads.
 //
-// Scratch: 0 packed rows, 1 columns of the gradient, 2 similarities and gradients, 3 unit rows,
+// Scratch: 0 packed rows, 2 similarities and gradients, 3 unit rows,
 // 5 logarithms, 6 packed gradients and their product, 7 rows as panels.
 #pragma once
 
@@ -124,23 +124,31 @@ static void patch_rows(const PatchRun& run, int64_t from, int64_t to) {
         }
 }
 
-// Adds the gradients of the patches that count to classes from..to of the text. DEPTH patches at a
-// time: their rows stay in L2, and the few columns of g that a tile needs are copied together.
+// Adds the gradients of the patches that count to classes from..to of the text, as
+// multiply_transposed does, but with the rows of g that these patches have.
 static void patch_text(const PatchRun& run, int64_t from, int64_t to) {
-    float* columns = scratch(1, DEPTH * MR);
+    alignas(64) float columns[TRANSPOSED * DEPTH];
     for (int64_t k = 0; k < run.count; k += DEPTH) {
         const int64_t depth = run.count - k < DEPTH ? run.count - k : DEPTH;
-        for (int64_t first = from; first < to; first += MR) {
-            const int64_t height = to - first < MR ? to - first : MR;
-            for (int64_t i = 0; i < depth; ++i)
-                std::memcpy(columns + i * height, run.g + run.kept[k + i] * run.ld + first,
-                            sizeof(float) * height);
-            const Tile tile = tile_of<Left::kColumns, true>(height);
-            const float* panel = run.spread + k * PANEL;
-            float* out = run.job->d_text + first * run.width;
-            for (int64_t d = 0; d < run.width; d += PANEL, panel += run.block * PANEL)
-                for (int64_t part = 0; part < PANEL; part += NS)
-                    tile(columns, height, panel + part, PANEL, depth, out + d + part, run.width);
+        for (int64_t first = from; first < to; first += TRANSPOSED) {
+            const int64_t n = to - first < TRANSPOSED ? to - first : TRANSPOSED;
+            for (int64_t i = 0; i < depth; ++i) {
+                const float* g = run.g + run.kept[k + i] * run.ld + first;
+                for (int64_t row = 0; row < n; row += MR) {
+                    const int64_t height = n - row < MR ? n - row : MR;
+                    std::memcpy(columns + row * depth + i * height, g + row,
+                                sizeof(float) * height);
+                }
+            }
+            for (int64_t d = 0; d < run.width; d += NS) {
+                const float* b = run.spread + d / PANEL * run.block * PANEL + k * PANEL + d % PANEL;
+                for (int64_t row = 0; row < n; row += MR) {
+                    const int64_t height = n - row < MR ? n - row : MR;
+                    tile_of<Left::kColumns, true>(height)(
+                        columns + row * depth, height, b, PANEL, depth,
+                        run.job->d_text + (first + row) * run.width + d, run.width);
+                }
+            }
         }
     }
 }
