@@ -2,10 +2,11 @@
 
     pytest bench/bench_gemm.py --benchmark-only
 
-A score needs its cosines only while they are in cache, so what counts is not the fastest product of
-whole matrices but the fastest one of a row block, followed by its row statistics. ``max_similarity``
-with a prepared bank is such a product with next to nothing behind it; ``... in blocks`` is what a
-fused score would cost if it called a library for 64 rows at a time and then took the maximum.
+A score needs its cosines only while they are in cache, so what counts is not the fastest product
+of whole matrices but the fastest one of a row block, followed by its row statistics.
+``max_similarity`` with a prepared bank is such a product with next to nothing behind it; ``... in
+blocks`` is what a fused score would cost if it called a library for 64 rows at a time and then took
+the maximum.
 
 The rule this measures: fastood multiplies with its own kernel on every shape, because (1) a library
 call per row block costs more than it does, (2) its sums have one order, so a row's score does not

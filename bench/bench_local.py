@@ -2,8 +2,8 @@
 
     pytest bench/bench_local.py --benchmark-only
 
-``published`` keeps the softmax of every patch and class, B x P x K numbers, and takes its maximum in
-numpy, as the authors' code does. The bare product is that of patches and classes.
+``published`` keeps the softmax of every patch and class, B x P x K numbers, and takes its maximum
+in numpy, as the authors' code does. The bare product is that of patches and classes.
 """
 
 from __future__ import annotations

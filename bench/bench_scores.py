@@ -217,7 +217,7 @@ def all_rows(shape: Shape = ROWS) -> Work:
         truth=truth,
         part={"fastood one score": list(methods).index("mcm 1")},
         product=product(f),
-        # the difference of two cosines, and eager's probabilities squared, round in their last digits
+        # a difference of cosines, and eager's squared probabilities, lose their last digits
         tolerance={"fastood": (1e-4, 1e-6), "": (2e-2, 1e-3)},
         goals={"fastood": (Goal("slowdown", 1.08, 1.03, "fastood one score"),)},
         **cost(shape, scores=len(methods)),

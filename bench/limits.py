@@ -1,8 +1,8 @@
 """What this machine can do at best, measured in the same process as what is judged by it.
 
 G*, the time of the bare product, is the faster of two: ``torch.mm``, and oneDNN's linear with the
-classes reordered beforehand, as a prepared bank has them. A score that takes 1.15 G* costs 15 % more
-than a matrix product nobody can do without.
+classes reordered beforehand, as a prepared bank has them. A score that takes 1.15 G* costs 15 %
+more than a matrix product nobody can do without.
 """
 
 from __future__ import annotations

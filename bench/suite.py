@@ -105,7 +105,7 @@ def measure(work: Work) -> Measured:
     if work.product is not None:
         products = bare_products(*work.product)
         z, t = work.product
-        for name, call in products.items():
+        for call in products.values():
             torch.testing.assert_close(call(), z @ t.T, rtol=1e-3, atol=1e-3)
         calls = products | calls
     return Measured(work, accuracy, wrong, calls, interleave(calls))
