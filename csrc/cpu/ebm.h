@@ -64,15 +64,27 @@ static inline Fault image_row(const EbmRun& run, int64_t i, float* out) {
     return fault;
 }
 
-// d x from d u for u = x / |x|, in place; `row` is the x-th of `rows`.
-static void through_norm(const Rows& rows, int64_t i, int64_t width, float* raw, float* unit,
+// d x from d u for u = x / |x|, in place; x is row i of `rows`, `memory` two rows long.
+static void through_norm(const Rows& rows, int64_t i, int64_t width, float* memory,
                          float* gradient) {
-    read_row(rows, i, 0, rows.width, width, raw);
-    std::memcpy(unit, raw, sizeof(float) * width);
+    const float* x = memory;
+    if (rows.type == Type::kFloat && rows.width == width)
+        x = static_cast<const float*>(rows.data) + i * rows.stride;
+    else
+        read_row(rows, i, 0, rows.width, width, memory);
+    const float along = dot(gradient, x, width), squares = dot(x, x, width);
+    if (squares > 1e-30f && squares < 1e30f) {
+        const float inverse = 1.0f / __builtin_sqrtf(squares);
+        const vf a = all(-along / squares), b = all(inverse);
+        for (int64_t k = 0; k < width; k += W)
+            store(gradient + k, fma(load(x + k), a, load(gradient + k)) * b);
+        return;
+    }
+    float* unit = memory + width;
+    std::memcpy(unit, x, sizeof(float) * width);
     prepare_row(unit, width, true);
-    const float inverse = 1.0f / dot(raw, unit, width);  // 1 / |x| without a square
     add_scaled(gradient, unit, -dot(gradient, unit, width), width);
-    scale_row(gradient, width, inverse);
+    scale_row(gradient, width, 1.0f / dot(x, unit, width));  // 1 / |x| without a square
 }
 
 // ---------------------------------------------------------------- masks
@@ -334,7 +346,7 @@ static void text_gradient(const EbmRun& run, int64_t begin, int64_t end) {
         }
         if (!run.last || !job.normalize_text) continue;
         for (int64_t k = 0; k < n; ++k)
-            through_norm(job.text, from + k, width, memory, memory + width, out + k * width);
+            through_norm(job.text, from + k, width, memory, out + k * width);
     }
 }
 
@@ -343,7 +355,7 @@ static void image_gradient(const EbmRun& run, int64_t begin, int64_t end) {
     const EbmJob& job = *run.job;
     const int64_t from = begin * MR, to = end * MR < run.rows ? end * MR : run.rows;
     const int64_t width = run.width, depth = round_up(job.text.count, CHUNK);
-    float* memory = scratch(3, 6 * width);
+    float* memory = scratch(3, 7 * width);
     float *z = memory, *t = z + width, *work = t + width, *mask = work + width,
           *masked = mask + width, *raw = masked + width;
     float* through_mask = scratch(5, MR * width);
@@ -381,7 +393,7 @@ static void image_gradient(const EbmRun& run, int64_t begin, int64_t end) {
             for (int64_t k = 0; k < width; k += W)
                 store(d + k, fma(load(u + k), load(mask + k), load(d + k)));
             if (job.normalize_image && job.image_faults[run.first + first + i] == kFine)
-                through_norm(job.image, run.first + first + i, width, raw, z, d);
+                through_norm(job.image, run.first + first + i, width, raw, d);
         }
     }
 }
