@@ -23,15 +23,17 @@ WEIGHT = 0.1
 IMPLEMENTATIONS = ["torch.mm", "oneDNN", "eager", "compile", "reference", "fastood"]
 
 
-def step(loss: Callable[[Tensor], Tensor], text: Tensor) -> Tensor:
-    """The gradient of ``text`` with the loss as one more row."""
+def step(loss: Callable[[Tensor], Tensor], text: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the gradient of ``text``."""
     t = text.detach().requires_grad_()
     value = loss(t)
     (gradient,) = torch.autograd.grad(value, t)
-    return torch.cat([gradient.flatten(), value.detach().reshape(1)])
+    return value.detach(), gradient
 
 
-def truth_of(loss: Callable[[Features], Callable[[Tensor], Tensor]], f: Features) -> Tensor:
+def truth_of(
+    loss: Callable[[Features], Callable[[Tensor], Tensor]], f: Features
+) -> tuple[Tensor, Tensor]:
     f64 = f._replace(image=f.image.double(), local=f.local.double(), text=f.text.double())
     return step(loss(f64), f64.text)
 

@@ -30,24 +30,27 @@ def metrics_of_scores() -> Work:
         g.normal(1.14e-3, 4e-5, n_ood).astype(np.float32),
     )
 
-    def as_tensor(found: dict[str, float]) -> Tensor:
-        return torch.tensor([float(found[name]) for name in NAMES], dtype=torch.float64)
-
-    calls = {"fastood": lambda: as_tensor(evaluate(*pair))}
+    calls = {"fastood": lambda: evaluate(*pair)}
     tolerance = {"": (0.0, 1e-12)}
     if peers.HAVE_SCIKIT_LEARN:
-        calls["scikit-learn"] = lambda: as_tensor(peers.scikit_learn_metrics(*pair))
+        calls["scikit-learn"] = lambda: peers.scikit_learn_metrics(*pair)
         tolerance["scikit-learn"] = (0.0, 5 / n_ood)  # among equal recalls it takes the lowest FPR
     if peers.HAVE_PYTORCH_OOD:
-        ours = evaluate(*pair)
-        calls["pytorch-ood"] = lambda: as_tensor(
-            {"FPR95-ID": ours["FPR95-ID"], **peers.pytorch_ood_metrics(*pair)}
-        )
+        calls["pytorch-ood"] = lambda: peers.pytorch_ood_metrics(*pair)
         tolerance["pytorch-ood"] = (0.0, 10 / n_ood)  # the trapezoid
+
+    exact = by_definition(*pair)
+
+    def result(found: dict[str, float]) -> Tensor:
+        """What an implementation lacks (one FPR95 of pytorch-ood) is not held against it."""
+        values = [float(found.get(name, exact[i])) for i, name in enumerate(NAMES)]
+        return torch.tensor(values, dtype=torch.float64)
+
     return Work(
         name=f"metrics of {n_id} + {n_ood} scores",
         calls=calls,
-        truth=lambda: by_definition(*pair),
+        truth=lambda: exact,
+        result=result,
         flops=0.0,
         moved=4.0 * (n_id + n_ood),
         tolerance=tolerance,

@@ -25,7 +25,7 @@ from bench.shapes import SMOKE
 from bench.suite import Measured, Work, measure, record
 
 RUN = Path(".benchmarks") / "run.json"
-_PYTEST_BENCHMARK_S = 0.01 if SMOKE else 0.3  # a benchmark; what is reported is timed before
+_PYTEST_BENCHMARK_S = 0.01 if SMOKE else 0.2  # a benchmark; what is reported is timed before
 
 
 def pytest_configure(config: Any) -> None:
@@ -81,15 +81,16 @@ def run(
             pytest.fail(f"{impl} of {measured.work.name}: {measured.wrong[impl]}")
         if impl not in measured.times:
             pytest.skip(f"{impl} is not installed, or could not be built")
-        mib = peak_meter.mib(builder, impl) if peak and not SMOKE else None
+        weighed = peak and not SMOKE and impl in measured.work.calls and impl != "compile"
+        mib = peak_meter.mib(builder, impl) if weighed else None
         benchmark.group = measured.work.name
         benchmark.extra_info.update(record(measured, impl, mib))
         benchmark.extra_info.update(smoke=SMOKE, threads=torch.get_num_threads())
         call = measured.calls[impl]
         once = measured.times[impl].median
-        rounds = max(3, min(30, int(_PYTEST_BENCHMARK_S / max(once, 1e-6))))
+        rounds = max(1 if once > 0.5 else 3, min(30, int(_PYTEST_BENCHMARK_S / max(once, 1e-6))))
         repeats = max(1, int(1e-4 / max(once, 1e-7)))
-        benchmark.pedantic(call, rounds=rounds, iterations=repeats, warmup_rounds=1)
+        benchmark.pedantic(call, rounds=rounds, iterations=repeats, warmup_rounds=int(once < 0.5))
 
     return run
 

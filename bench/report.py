@@ -51,6 +51,21 @@ def lite(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def kept(found: dict[str, Any]) -> str:
+    """JSON with one line for each benchmark, five digits of every number."""
+
+    def short(x: Any) -> Any:
+        if isinstance(x, float):
+            return float(f"{x:.5g}")
+        if isinstance(x, dict):
+            return {k: short(v) for k, v in x.items()}
+        return [short(v) for v in x] if isinstance(x, list) else x
+
+    rows = ",\n".join(json.dumps(short(row), ensure_ascii=False) for row in found["rows"])
+    machine = json.dumps(found["machine"], ensure_ascii=False)
+    return f'{{"machine": {machine},\n"date": "{found["date"]}",\n"rows": [\n{rows}\n]}}\n'
+
+
 # ------------------------------------------------------------------------------ table
 
 
@@ -187,8 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     from bench.plot import draw
 
     draw(found["rows"], options.out / f"{name}.svg")
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    (options.out / f"{name}.json").write_text(text, encoding="utf-8")
+    (options.out / f"{name}.json").write_text(kept(found), encoding="utf-8")
     (options.out / f"{name}.md").write_text(page(found, f"{name}.svg"), encoding="utf-8")
     print(options.out / f"{name}.md")
 

@@ -20,6 +20,9 @@ from fastood.errors import BuildError
 __all__ = ["Goal", "Work", "measure", "record"]
 
 
+Result = Tensor | tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class Goal:
     """What an implementation should reach: nothing is asserted, the report shows it.
@@ -42,7 +45,8 @@ class Work:
     Args:
         name: of the group.
         calls: by implementation; what is not installed is left out.
-        truth: the result in float64.
+        truth: the result in float64; several tensors are compared one by one.
+        result: what a call returned, in the form of ``truth``.
         flops, moved: of the arithmetic nobody can avoid, and bytes of inputs and outputs.
         product: the two factors of the bare product, (B, D) and (K, D); None if there is none.
         tolerance: (relative, absolute) error allowed, by implementation; ``""`` for the others.
@@ -54,9 +58,10 @@ class Work:
 
     name: str
     calls: dict[str, Callable[[], Any]]
-    truth: Callable[[], Tensor]
+    truth: Callable[[], Result]
     flops: float
     moved: float
+    result: Callable[[Any], Result] = field(default=lambda found: found)
     product: tuple[Tensor, Tensor] | None = None
     tolerance: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: {"fastood": (1e-4, 1e-7), "": (2e-2, 1e-4)}
@@ -89,15 +94,15 @@ class Measured:
 
 def measure(work: Work) -> Measured:
     """Check every implementation, then time those that are right, interleaved."""
-    truth = work.truth().double()
+    truth = _parts(work.truth())
     accuracy, wrong = {}, {}
     for name, call in work.calls.items():
-        wanted = truth[work.part[name]] if name in work.part else truth
+        wanted = [truth[0][work.part[name]]] if name in work.part else truth
         try:
-            result = call()
+            result = call() if name in work.part else work.result(call())
         except BuildError:  # no compiler here: no kernels to time
             continue
-        found, why = _accuracy(result, wanted, work, name)
+        found, why = _accuracy(_parts(result), wanted, work, name)
         accuracy[name] = found
         if why:
             wrong[name] = why
@@ -111,31 +116,36 @@ def measure(work: Work) -> Measured:
     return Measured(work, accuracy, wrong, calls, interleave(calls))
 
 
+def _parts(result: Result) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
 def _accuracy(
-    result: Any, truth: Tensor, work: Work, name: str
+    parts: list[Tensor], truth: list[Tensor], work: Work, name: str
 ) -> tuple[dict[str, float], str | None]:
-    got = torch.as_tensor(result)
-    if got.shape != truth.shape:
-        return {}, f"expected {tuple(truth.shape)}, got {tuple(got.shape)}"
-    distinct = got.unique().numel()
-    got = got.double()
-    error = (got - truth).abs()
-    scale = truth.abs().max() if work.by_largest else truth.abs()
+    """Error and distinct numbers of a result, and what is wrong with it if anything is."""
     kind = "fastood" if name.startswith("fastood") else ""
     allowed = next(work.tolerance[n] for n in (name, kind, "") if n in work.tolerance)
     relative, absolute = allowed
-    found = {
-        "max_rel_error": float((error / scale.clamp_min(1e-300)).max()),
-        "distinct": distinct,
-        "distinct_float64": truth.unique().numel(),
-    }
-    beyond = error > relative * scale + absolute
-    if bool(beyond.any()) or not bool(torch.isfinite(got).all()):
-        return found, (
-            f"{int(beyond.sum())} of {beyond.numel()} numbers differ from float64 by more than "
-            f"{relative:g} relative + {absolute:g}: at most {float(error.max()):.3g}"
-        )
-    return found, None
+    worst, why = 0.0, None
+    for got, want in zip(parts, truth, strict=True):
+        if got.shape != want.shape:
+            return {}, f"expected {tuple(want.shape)}, got {tuple(got.shape)}"
+        error = (got.double() - want.double()).abs()
+        scale = want.double().abs()
+        scale = scale.max() if work.by_largest else scale
+        worst = max(worst, float((error / scale.clamp_min(1e-300)).max()))
+        beyond = ~(error <= relative * scale + absolute)  # NaN is beyond
+        if bool(beyond.any()):
+            why = (
+                f"{int(beyond.sum())} of {beyond.numel()} numbers differ from float64 by more than "
+                f"{relative:g} relative + {absolute:g}: at most {float(error.max()):.3g}"
+            )
+    found: dict[str, float] = {"max_rel_error": worst}
+    if not work.by_largest:
+        found["distinct"] = sum(x.unique().numel() for x in parts)
+        found["distinct_float64"] = sum(x.unique().numel() for x in truth)
+    return found, why
 
 
 def record(measured: Measured, name: str, peak_mib: float | None) -> dict[str, Any]:
