@@ -65,16 +65,19 @@ inline std::string rows_named(const uint8_t* faults, int64_t n, uint8_t fault, i
 inline void report(const char* name, const char* what, const Tensor& faults, int64_t per_row = 1) {
     const uint8_t* f = faults.const_data_ptr<uint8_t>();
     const int64_t n = faults.numel();
-    bool not_finite = false, zero = false;
+    bool not_finite = false, zero = false, overflow = false;
     for (int64_t i = 0; i < n; ++i) {
         not_finite |= f[i] == kNotFinite;
         zero |= f[i] == kZero;
+        overflow |= f[i] == kOverflow;
     }
     TORCH_CHECK_VALUE(!not_finite, name, ": ", what, " must be finite, found NaN or Inf in ",
                       rows_named(f, n, kNotFinite, per_row));
     TORCH_CHECK_VALUE(!zero, name, ": a zero vector has no direction, found in ",
                       rows_named(f, n, kZero, per_row),
                       "; was an image or a prompt left out without being masked?");
+    TORCH_CHECK_VALUE(!overflow, "similarity: values must be finite, found NaN or Inf in ",
+                      rows_named(f, n, kOverflow, per_row));
 }
 
 }  // namespace fastood

@@ -21,17 +21,21 @@ inline Tensor run_grouped(const Tensor& image_, const Tensor& panels, const Tens
                           Tensor* lse) {
     const Tensor image = readable("image", image_, 2);
     check_groups(K, G, m, full, tau);
-    check_panels(panels, K, image.size(1));
-    check_panels(negatives, G * m, image.size(1));
+    const PackedClasses classes = packed_classes(panels, K, image.size(1));
+    const PackedClasses others = packed_classes(negatives, G * m, image.size(1));
+    TORCH_CHECK_VALUE((classes.split == nullptr) == (others.split == nullptr),
+                      "negatives: expected packed as the classes are");
     const int64_t B = image.size(0);
     const auto options = image.options().dtype(at::kFloat);
     const Tensor scores = at::empty({B}, options), faults = at::empty({B}, options.dtype(at::kByte));
     GroupedJob job{};
     job.image = rows_view("image", image);
     job.normalize = normalize;
-    job.panels = panels.const_data_ptr<float>();
+    job.panels = classes.panels;
+    job.split = classes.split;
     job.K = K;
-    job.negatives = negatives.const_data_ptr<float>();
+    job.negatives = others.panels;
+    job.negatives_split = others.split;
     job.G = G;
     job.m = m;
     job.full = full;

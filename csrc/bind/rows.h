@@ -88,6 +88,21 @@ inline void check_panels(const Tensor& panels, int64_t K, int64_t D) {
                       "text: expected classes packed for (", K, ", ", D, "), got ", panels.sizes());
 }
 
+struct PackedClasses {
+    const float* panels;
+    const uint16_t* split;
+};
+
+// Classes in either layout, checked.
+inline PackedClasses packed_classes(const Tensor& panels, int64_t K, int64_t D) {
+    if (panels.scalar_type() == at::kShort) {
+        check_split(panels, K, D);
+        return {nullptr, reinterpret_cast<const uint16_t*>(panels.const_data_ptr<int16_t>())};
+    }
+    check_panels(panels, K, D);
+    return {panels.const_data_ptr<float>(), nullptr};
+}
+
 // One of (image, panels) or similarity. `scores` (R, B) and `statistics` are written if wanted.
 // Errors speak of `name`, whose rows are `per_row` rows here (the patches of an image).
 inline void run_rows(const Plan& plan, const OptionalTensor& image_, const OptionalTensor& panels,
@@ -101,13 +116,9 @@ inline void run_rows(const Plan& plan, const OptionalTensor& image_, const Optio
         K = x.size(1);
     } else {
         job.image = rows_view("image", x);
-        if (panels->scalar_type() == at::kShort) {
-            check_split(*panels, K, x.size(1));
-            job.split = reinterpret_cast<const uint16_t*>(panels->const_data_ptr<int16_t>());
-        } else {
-            check_panels(*panels, K, x.size(1));
-            job.panels = panels->const_data_ptr<float>();
-        }
+        const PackedClasses classes = packed_classes(*panels, K, x.size(1));
+        job.panels = classes.panels;
+        job.split = classes.split;
     }
     TORCH_CHECK_VALUE(K >= 1, given ? "similarity" : "text", ": expected at least one class, got K = 0");
     TORCH_CHECK_VALUE(K < (int64_t{1} << 31), "text: expected fewer than 2^31 classes, got ", K);
@@ -149,11 +160,6 @@ inline void run_rows(const Plan& plan, const OptionalTensor& image_, const Optio
     kernels().rows(job, pool());
     const std::string what = !name.empty() ? name : given ? "similarity" : "image";
     report(what.c_str(), given ? "values" : "features", faults, per_row);
-    const uint8_t* fault = faults.const_data_ptr<uint8_t>();
-    for (int64_t i = 0; i < B; ++i)
-        TORCH_CHECK_VALUE(fault[i] != kOverflow,
-                          "similarity: values must be finite, found NaN or Inf in ",
-                          rows_named(fault, B, kOverflow, per_row));
 }
 
 // ---------------------------------------------------------------- operators (schemas: ops/rows.py)

@@ -8,9 +8,9 @@ constexpr int64_t GRADIENT_ROWS = 256;  // rows between two additions to d_text
 struct BackwardRun {
     const RowBackwardJob* job;
     const Scale* scales;
-    float* s;       // [GRADIENT_ROWS][span], similarities and then their gradient
+    float* s;       // [GRADIENT_ROWS][ld], similarities and then their gradient
     float* spread;  // the rows of the image in panels of columns
-    int64_t first, rows, class_first, classes, span, width;
+    int64_t first, rows, class_first, classes, span, ld, width;
 };
 
 // Turns s[0:n], classes class_first.. of one row, into the gradient.
@@ -47,7 +47,7 @@ static void backward_rows(const BackwardRun& run, int64_t begin, int64_t end) {
     if (from >= to) return;
     const int64_t rows = to - from, n = run.classes, D = job.image.width;
     const int64_t inner = round_up(D, CHUNK);
-    float* s = run.s + from * run.span;
+    float* s = run.s + from * run.ld;
     float* row = scratch(1, run.width);
     float* packed = scratch(0, rows * inner);
     for (int64_t i = 0; i < rows; ++i) {
@@ -57,14 +57,14 @@ static void backward_rows(const BackwardRun& run, int64_t begin, int64_t end) {
             spread_row(row, from + i, run.width, GRADIENT_ROWS * PANEL, run.spread);
     }
     multiply_panels({packed, rows, inner}, job.panels + run.class_first * inner,
-                    round_up(n, PANEL), s, run.span);
+                    round_up(n, PANEL), s, run.ld);
     for (int64_t i = 0; i < rows; ++i)
         gradient_of_span(job, run.scales, run.first + from + i, run.class_first, n,
-                         s + i * run.span);
+                         s + i * run.ld);
     if (job.d_image == nullptr) return;
     const int64_t depth = round_up(n, CHUNK);
     float* gradient = scratch(6, rows * depth);
-    for (int64_t i = 0; i < rows; ++i) pack_row(s + i * run.span, i, rows, depth, gradient);
+    for (int64_t i = 0; i < rows; ++i) pack_row(s + i * run.ld, i, rows, depth, gradient);
     float* out = job.d_image + (run.first + from) * run.width;
     if (run.class_first == 0) std::memset(out, 0, sizeof(float) * rows * run.width);
     multiply<true>({gradient, rows, depth}, job.columns + run.class_first * PANEL,
@@ -102,7 +102,8 @@ static void rows_backward_kernel(const RowBackwardJob& job, const Pool& pool) {
     }
     run.span = span_of(job.K);
     run.width = round_up(job.image.width, PANEL);
-    run.s = scratch(4, GRADIENT_ROWS * run.span);
+    run.ld = run.span + CHUNK;  // a stride of 4 kB would put all rows into a few sets of the cache
+    run.s = scratch(4, GRADIENT_ROWS * run.ld);
     run.spread = scratch(7, GRADIENT_ROWS * run.width);
     for (run.first = 0; run.first < job.image.count; run.first += GRADIENT_ROWS) {
         const int64_t left = job.image.count - run.first;
@@ -123,7 +124,7 @@ static void rows_backward_kernel(const RowBackwardJob& job, const Pool& pool) {
                     const int64_t from = begin * MR;
                     const int64_t to = end * MR < r.classes ? end * MR : r.classes;
                     if (from < to)
-                        multiply_transposed(r.s + from, r.span, r.rows, to - from, r.spread,
+                        multiply_transposed(r.s + from, r.ld, r.rows, to - from, r.spread,
                                             GRADIENT_ROWS * PANEL, r.width,
                                             r.job->d_text + (r.class_first + from) * r.width,
                                             r.width);

@@ -51,12 +51,13 @@ struct GroupedRun {
     const GroupedJob* job;
     Scale scale;
     int64_t class_span, span;  // columns multiplied at once: classes, negatives
+    int64_t unit;              // rows multiplied together
     int64_t ahead, ldc;        // room before them for what is left of a span; a row of both
     // a batch too small to share by rows: shared by classes instead
-    Packed packed;
+    LeftRows left;
     float* s;
     GroupedRow* rows;
-    const float* panels;
+    Classes right;
     int64_t first, n;
     Cursor at, next;
 };
@@ -123,28 +124,31 @@ static Cursor take_negatives(const GroupedRun& run, Cursor at, float* s, int64_t
     if (count > 0) add_groups(run, finished, count, lse + (lse ? at.group - count : 0), row);
     at.left = end - from;
     std::memmove(s - at.left, from, sizeof(float) * at.left);
-    if (at.group == job.G) job.scores[index] = static_cast<float>(row.total / job.G);
+    if (at.group == job.G) {
+        job.scores[index] = static_cast<float>(row.total / job.G);
+        if (__builtin_isnan(row.total)) job.faults[index] = kOverflow;  // a product did
+    }
     return at;
 }
 
 static void grouped_block(const GroupedRun& run, int64_t first, int64_t rows) {
     const GroupedJob& job = *run.job;
-    const int64_t inner = round_up(job.image.width, CHUNK), N = job.G * job.m;
+    const int64_t N = job.G * job.m;
     float* s = scratch(4, rows * run.ldc + W) + run.ahead;
     GroupedRow* sums = reinterpret_cast<GroupedRow*>(
         scratch(2, floats_for(rows * static_cast<int64_t>(sizeof(GroupedRow)))));
-    const Packed packed =
-        pack_rows(job.image, first, rows, job.normalize, scratch(0, rows * inner), job.faults);
+    const LeftRows left =
+        left_rows(job.image, job.normalize, job.split != nullptr, first, rows, job.faults);
     for (int64_t k = 0; k < job.K; k += run.class_span) {
         const int64_t n = job.K - k < run.class_span ? job.K - k : run.class_span;
-        multiply_panels(packed, job.panels + k * inner, round_up(n, PANEL), s, run.ldc);
+        products(left, {job.panels, job.split}, k, n, s, run.ldc);
         for (int64_t i = 0; i < rows; ++i)
             take_classes(run, s + i * run.ldc, k, n, first + i, sums[i]);
     }
     Cursor at{};
     for (int64_t j = 0; j < N; j += run.span) {
         const int64_t n = N - j < run.span ? N - j : run.span;
-        multiply_panels(packed, job.negatives + j * inner, round_up(n, PANEL), s, run.ldc);
+        products(left, {job.negatives, job.negatives_split}, j, n, s, run.ldc);
         Cursor next{};
         for (int64_t i = 0; i < rows; ++i)
             next = take_negatives(run, at, s + i * run.ldc, n, first + i, sums[i]);
@@ -160,18 +164,17 @@ static void span_shared(GroupedRun& run, const Pool& pool,
         [](void* context, int64_t begin, int64_t end) {
             const GroupedRun& r = *static_cast<const GroupedRun*>(context);
             const int64_t column = begin * PANEL;
-            multiply_panels(r.packed, r.panels + (r.first + column) * r.packed.inner,
-                            (end - begin) * PANEL, r.s + column, r.ldc);
+            products(r.left, r.right, r.first + column, (end - begin) * PANEL, r.s + column,
+                     r.ldc);
         },
         &run);
-    pool.run(run.packed.rows, sums, &run);
+    pool.run(run.left.packed.rows, sums, &run);
 }
 
 static void grouped_shared(GroupedRun& run, const Pool& pool) {
     const GroupedJob& job = *run.job;
     const int64_t B = job.image.count, N = job.G * job.m;
-    const int64_t inner = round_up(job.image.width, CHUNK);
-    run.packed = pack_rows(job.image, 0, B, job.normalize, scratch(0, B * inner), job.faults);
+    run.left = left_rows(job.image, job.normalize, job.split != nullptr, 0, B, job.faults);
     // few rows leave room for more columns, and so for fewer meetings of the threads
     const int64_t room = (int64_t{1} << 19) / B / PANEL * PANEL;
     if (room > run.span) run.span = room < N ? room : round_up(N, PANEL);
@@ -179,7 +182,7 @@ static void grouped_shared(GroupedRun& run, const Pool& pool) {
     run.s = scratch(4, B * run.ldc + W) + run.ahead;
     run.rows = reinterpret_cast<GroupedRow*>(
         scratch(2, floats_for(B * static_cast<int64_t>(sizeof(GroupedRow)))));
-    run.panels = job.panels;
+    run.right = {job.panels, job.split};
     for (run.first = 0; run.first < job.K; run.first += run.class_span) {
         run.n = job.K - run.first < run.class_span ? job.K - run.first : run.class_span;
         span_shared(run, pool, [](void* context, int64_t begin, int64_t end) {
@@ -188,7 +191,7 @@ static void grouped_shared(GroupedRun& run, const Pool& pool) {
                 take_classes(r, r.s + i * r.ldc, r.first, r.n, i, r.rows[i]);
         });
     }
-    run.panels = job.negatives;
+    run.right = {job.negatives, job.negatives_split};
     for (run.first = 0; run.first < N; run.first += run.span, run.at = run.next) {
         run.n = N - run.first < run.span ? N - run.first : run.span;
         span_shared(run, pool, [](void* context, int64_t begin, int64_t end) {
@@ -211,7 +214,8 @@ static void grouped_kernel(const GroupedJob& job, const Pool& pool) {
     run.span = span_of(job.G * job.m);
     run.ahead = round_up(job.m < SPAN ? job.m : SPAN, PANEL);
     run.ldc = run.ahead + (run.span > run.class_span ? run.span : run.class_span);
-    const int64_t units = (B + MR - 1) / MR;
+    run.unit = unit_of_rows(job.split != nullptr);
+    const int64_t units = (B + run.unit - 1) / run.unit;
     if (units < 2 * pool.threads && job.K + job.G * job.m >= 8 * PANEL) {
         grouped_shared(run, pool);
         return;
@@ -220,11 +224,9 @@ static void grouped_kernel(const GroupedJob& job, const Pool& pool) {
         units,
         [](void* context, int64_t begin, int64_t end) {
             const GroupedRun& r = *static_cast<const GroupedRun*>(context);
-            const int64_t all_rows = r.job->image.count;
-            const int64_t from = begin * MR, stop = end * MR < all_rows ? end * MR : all_rows;
-            // each block reads all negatives: rather one larger block than a sliver at the end
-            const int64_t blocks = (stop - from + BLOCK / 2) / BLOCK;
-            const int64_t rows = round_up((stop - from) / (blocks > 1 ? blocks : 1) + 1, MR);
+            const int64_t B = r.job->image.count;
+            const int64_t from = begin * r.unit, stop = end * r.unit < B ? end * r.unit : B;
+            const int64_t rows = rows_of_a_block(stop - from, r.unit);
             for (int64_t first = from; first < stop; first += rows)
                 grouped_block(r, first, stop - first < rows ? stop - first : rows);
         },

@@ -10,8 +10,10 @@ struct GroupedJob {
     Rows image;              // (B, D)
     bool normalize;          // divide image rows by their norm
     const float* panels;     // packed classes (K, D)
+    const uint16_t* split;   // or packed for the matrix unit, the negatives likewise
     int64_t K;
     const float* negatives;  // packed (G * m, D): one group after the other
+    const uint16_t* negatives_split;
     int64_t G, m;
     int64_t full;            // groups from this one on are padded: their last row does not count
     double tau;

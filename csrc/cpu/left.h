@@ -28,6 +28,13 @@ static inline int64_t unit_of_rows(bool split) {
     return MR;
 }
 
+// How many of `rows` to take at a time, about BLOCK. Each block reads all classes: rather one larger
+// block than a sliver at the end.
+static inline int64_t rows_of_a_block(int64_t rows, int64_t unit) {
+    const int64_t blocks = (rows + BLOCK / 2) / BLOCK;
+    return round_up((rows + blocks) / (blocks > 1 ? blocks : 1), unit);
+}
+
 // Rows first..first+rows of `image`, checked and normalised if asked.
 static LeftRows left_rows(const Rows& image, bool normalize, bool split, int64_t first,
                           int64_t rows, uint8_t* faults) {

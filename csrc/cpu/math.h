@@ -20,6 +20,8 @@ static inline Scale make_scale(double tau) {
     return s;
 }
 
+typedef uint32_t lanes_u32 __attribute__((vector_size(4 * FASTOOD_WIDTH)));
+
 struct Power {
     vf fraction;  // 2^f - 1, |f| <= 1/2, relative error 1.2e-8
     vf whole;     // 2^n
@@ -39,7 +41,7 @@ static inline Power power_of_two(vf y, vf hi, vf lo) {
     q = fma(q, f, all(2.402265076e-1f));
     q = fma(q, f, all(6.931471880e-1f));
     // the low bits of t hold n: move them into the exponent
-    const lanes_i32 bits = ((lanes_i32)t << 23) + (127 << 23);
+    const lanes_u32 bits = ((lanes_u32)t << 23) + (127u << 23);
     return {q * f, (vf)bits};
 }
 

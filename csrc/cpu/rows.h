@@ -195,21 +195,23 @@ static bool given(const RowJob& job) { return job.similarity.data != nullptr; }
 static void rows_of_block(const RowJob& job, const Scale* scales, int64_t first, int64_t rows) {
     const int64_t span = span_of(job.K);
     const States states = states_for(rows, job.c, job.T);
-    float* s = scratch(4, rows * span);
+    // a stride of 4 kB would put all rows into a few sets of the cache
+    const int64_t ld = span + CHUNK;
+    float* s = scratch(4, rows * ld);
     LeftRows left{};
     if (!given(job))
         left = left_rows(job.image, job.normalize, job.split != nullptr, first, rows, job.faults);
     for (int64_t k = 0; k < job.K; k += span) {
         const int64_t n = job.K - k < span ? job.K - k : span;
-        if (!given(job)) products(left, {job.panels, job.split}, k, n, s, span);
+        if (!given(job)) products(left, {job.panels, job.split}, k, n, s, ld);
         for (int64_t i = 0; i < rows; ++i) {
             if (!given(job)) {
-                check_products(job, s + i * span, first + i, n);
-            } else if (!read_span(job.similarity, first + i, k, n, s + i * span)) {
+                check_products(job, s + i * ld, first + i, n);
+            } else if (!read_span(job.similarity, first + i, k, n, s + i * ld)) {
                 job.faults[first + i] = kNotFinite;
-                std::memset(s + i * span, 0, sizeof(float) * n);
+                std::memset(s + i * ld, 0, sizeof(float) * n);
             }
-            take_span(job, scales, s + i * span, k, n, i, states);
+            take_span(job, scales, s + i * ld, k, n, i, states);
         }
     }
     finish(job, scales, first, rows, states);
@@ -218,11 +220,11 @@ static void rows_of_block(const RowJob& job, const Scale* scales, int64_t first,
 struct RowRun {
     const RowJob* job;
     const Scale* scales;
-    int64_t B, unit, block;
+    int64_t B, unit;
     // a batch too small to share by rows: shared by classes instead
     LeftRows left;
     float* s;
-    int64_t first, span;
+    int64_t first, span, ld;
 };
 
 static void rows_kernel(const RowJob& job, const Pool& pool) {
@@ -234,7 +236,6 @@ static void rows_kernel(const RowJob& job, const Pool& pool) {
     run.job = &job;
     run.scales = scales;
     run.unit = unit_of_rows(job.split != nullptr);
-    run.block = round_up(BLOCK, run.unit);
     if (given(job)) std::memset(job.faults, kFine, run.B);
 
     const int64_t units = (run.B + run.unit - 1) / run.unit;
@@ -245,17 +246,19 @@ static void rows_kernel(const RowJob& job, const Pool& pool) {
             [](void* context, int64_t begin, int64_t end) {
                 const RowRun& r = *static_cast<const RowRun*>(context);
                 const int64_t stop = end * r.unit < r.B ? end * r.unit : r.B;
-                for (int64_t first = begin * r.unit; first < stop; first += r.block)
+                const int64_t rows = rows_of_a_block(stop - begin * r.unit, r.unit);
+                for (int64_t first = begin * r.unit; first < stop; first += rows)
                     rows_of_block(*r.job, r.scales, first,
-                                  stop - first < r.block ? stop - first : r.block);
+                                  stop - first < rows ? stop - first : rows);
             },
             &run);
         return;
     }
 
     run.span = span_of(job.K);
+    run.ld = run.span + CHUNK;
     run.left = left_rows(job.image, job.normalize, job.split != nullptr, 0, run.B, job.faults);
-    run.s = scratch(4, run.B * run.span);
+    run.s = scratch(4, run.B * run.ld);
     const States states = states_for(run.B, job.c, job.T);
     for (run.first = 0; run.first < job.K; run.first += run.span) {
         const int64_t n = job.K - run.first < run.span ? job.K - run.first : run.span;
@@ -264,12 +267,12 @@ static void rows_kernel(const RowJob& job, const Pool& pool) {
             [](void* context, int64_t begin, int64_t end) {
                 const RowRun& r = *static_cast<const RowRun*>(context);
                 products(r.left, {r.job->panels, r.job->split}, r.first + begin * PANEL,
-                         (end - begin) * PANEL, r.s + begin * PANEL, r.span);
+                         (end - begin) * PANEL, r.s + begin * PANEL, r.ld);
             },
             &run);
         for (int64_t i = 0; i < run.B; ++i) {
-            check_products(job, run.s + i * run.span, i, n);
-            take_span(job, scales, run.s + i * run.span, run.first, n, i, states);
+            check_products(job, run.s + i * run.ld, i, n);
+            take_span(job, scales, run.s + i * run.ld, run.first, n, i, states);
         }
     }
     finish(job, scales, 0, run.B, states);

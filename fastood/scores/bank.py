@@ -90,6 +90,7 @@ class ClassBank:
         self._panels: Tensor | None = None
         self._split: Tensor | None = None
         self._negative_panels: Tensor | None = None
+        self._negative_split: Tensor | None = None
         self.negatives: Tensor | None = None
         self.permutation: Tensor | None = None
         self._padding: Tensor | None = None
@@ -122,8 +123,8 @@ class ClassBank:
         return self._panels
 
     @property
-    def row_panels(self) -> Tensor:
-        """The classes as row scores take them here: ``panels``, or split for a matrix unit."""
+    def score_panels(self) -> Tensor:
+        """The classes as scores take them on this machine: ``panels``, or for its matrix unit."""
         if not splits_text():
             return self.panels
         if self._split is None:
@@ -131,14 +132,26 @@ class ClassBank:
         return self._split
 
     @property
+    def negative_score_panels(self) -> Tensor:
+        """The rows of the groups likewise."""
+        if not splits_text():
+            return self.negative_panels
+        if self._negative_split is None:
+            self._negative_split = split_text(self._negative_rows())
+        return self._negative_split
+
+    @property
     def negative_panels(self) -> Tensor:
         """The (G m, D) rows of the groups packed likewise, padding included."""
-        if self.negatives is None:
-            raise ValueError("negatives: this ClassBank holds none; build it with negatives=...")
         if self._negative_panels is None:
-            rows = self.negatives.flatten(0, 1)
+            rows = self._negative_rows()
             self._negative_panels = pack_text(rows, normalize=False, name="negatives")
         return self._negative_panels
+
+    def _negative_rows(self) -> Tensor:
+        if self.negatives is None:
+            raise ValueError("negatives: this ClassBank holds none; build it with negatives=...")
+        return self.negatives.flatten(0, 1)
 
     @property
     def packed_negatives(self) -> Tensor | None:
@@ -154,7 +167,8 @@ class ClassBank:
         """A bank on another device or in another float dtype; the permutation stays."""
         moved = object.__new__(ClassBank)
         moved.__dict__.update(self.__dict__)
-        moved._panels = moved._split = moved._negative_panels = None
+        moved._panels = moved._negative_panels = None
+        moved._split = moved._negative_split = None
         moved.text = self.text.to(*args, **kwargs)
         if self.negatives is not None:
             moved.negatives = self.negatives.to(*args, **kwargs)

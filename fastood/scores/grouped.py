@@ -93,8 +93,8 @@ def _by_kernel(
     if not differentiable(image, bank.text, negatives):
         return grouped_scores(
             image,
-            bank.panels,
-            bank.negative_panels,
+            bank.score_panels,
+            bank.negative_score_panels,
             k=len(bank),
             shape=(negatives.shape[0], negatives.shape[1]),
             full=bank.full_groups,

@@ -91,7 +91,7 @@ def local_rows(
             if bank is None:
                 panels = packed_classes(t, normalize, ("local", local))
             else:
-                panels = bank.row_panels
+                panels = bank.score_panels
             found, _ = fused.feature_scores(
                 requests,
                 patches,

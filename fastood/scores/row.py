@@ -130,7 +130,7 @@ def score_rows(
     if bank is None:
         panels = packed_classes(rows, normalize, ("image", image))
     else:
-        panels = bank.row_panels
+        panels = bank.score_panels
     found = fused.feature_scores(requests, image, panels, k=k, normalize=normalize, classes=classes)
     return RowScores(*found)
 
