@@ -103,7 +103,7 @@ def local_rows(
             )
         return found.unflatten(1, local.shape[:2]).amax(dim=-1)
 
-    z, t = _features(local, t, False, ready=True)
+    z, t = _features(local, t, False, ready=bank is not None)
     if normalize and bank is None:
         t = unit_rows(t)
     parts = []
