@@ -20,7 +20,7 @@ from bench.shapes import PATCH_TRAINING, SMOKE, TAU, Features, Shape, features
 from bench.suite import Work
 
 WEIGHT = 0.25
-IMPLEMENTATIONS = ["torch.mm", "oneDNN", "eager", "reference", "fastood"]
+IMPLEMENTATIONS = ["torch.mm", "oneDNN", "eager", "compile", "reference", "fastood"]
 
 
 def locoop_step(shape: Shape = PATCH_TRAINING) -> Work:
@@ -35,13 +35,16 @@ def locoop_step(shape: Shape = PATCH_TRAINING) -> Work:
             )
         )
 
-    def eager(t: Tensor) -> Tensor:
-        return peers.locoop_loss(f.image, f.local, t, f.labels, TAU, WEIGHT, top_k)
+    compiled = peers.compiled(peers.locoop_loss)
+
+    def with_peer(loss: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda t: loss(f.image, f.local, t, f.labels, TAU, WEIGHT, top_k)
 
     return Work(
         name=f"locoop_loss, forward and backward {shape}",
         calls={
-            "eager": lambda: step(eager, f.text),
+            "eager": lambda: step(with_peer(peers.locoop_loss), f.text),
+            "compile": lambda: step(with_peer(compiled), f.text),
             "reference": lambda: step(ours("reference")(f), f.text),
             "fastood": lambda: step(ours("cpu")(f), f.text),
         },

@@ -41,10 +41,12 @@ def metrics_of_scores() -> Work:
 
     exact = by_definition(*pair)
 
-    def result(found: dict[str, float]) -> Tensor:
+    def result(found: dict[str, float]) -> tuple[Tensor, ...]:
         """What an implementation lacks (one FPR95 of pytorch-ood) is not held against it."""
-        values = [float(found.get(name, exact[i])) for i, name in enumerate(NAMES)]
-        return torch.tensor(values, dtype=torch.float64)
+        return tuple(
+            torch.tensor(float(found.get(name, value)), dtype=torch.float64)
+            for name, value in zip(NAMES, exact, strict=True)
+        )
 
     return Work(
         name=f"metrics of {n_id} + {n_ood} scores",
@@ -64,7 +66,7 @@ def metrics_of_scores() -> Work:
     )
 
 
-def by_definition(id_scores: np.ndarray, ood_scores: np.ndarray) -> Tensor:
+def by_definition(id_scores: np.ndarray, ood_scores: np.ndarray) -> tuple[Tensor, ...]:
     """The five numbers from their definitions: one threshold at each score, counted in full."""
     a, b = np.sort(id_scores), np.sort(ood_scores)
     n, m = len(a), len(b)
@@ -87,16 +89,14 @@ def by_definition(id_scores: np.ndarray, ood_scores: np.ndarray) -> Tensor:
     lowest = np.unique(np.r_[a, b])
     caught = np.searchsorted(b, lowest, "right") / m
     lost = np.searchsorted(a, lowest, "right") / n
-    return torch.tensor(
-        [
-            auroc,
-            precision_recall(a, b),
-            precision_recall(np.sort(-b), np.sort(-a)),
-            fpr[at],
-            lost[np.argmax(caught >= 0.95)],
-        ],
-        dtype=torch.float64,
+    numbers = (
+        auroc,
+        precision_recall(a, b),
+        precision_recall(np.sort(-b), np.sort(-a)),
+        fpr[at],
+        lost[np.argmax(caught >= 0.95)],
     )
+    return tuple(torch.tensor(x, dtype=torch.float64) for x in numbers)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -85,12 +85,15 @@ def run(
         mib = peak_meter.mib(builder, impl) if weighed else None
         benchmark.group = measured.work.name
         benchmark.extra_info.update(record(measured, impl, mib))
-        benchmark.extra_info.update(smoke=SMOKE, threads=torch.get_num_threads())
+        benchmark.extra_info["smoke"] = SMOKE
         call = measured.calls[impl]
         once = measured.times[impl].median
         rounds = max(1 if once > 0.5 else 3, min(30, int(_PYTEST_BENCHMARK_S / max(once, 1e-6))))
         repeats = max(1, int(1e-4 / max(once, 1e-7)))
-        benchmark.pedantic(call, rounds=rounds, iterations=repeats, warmup_rounds=int(once < 0.5))
+        with measured.work.threading():
+            benchmark.pedantic(
+                call, rounds=rounds, iterations=repeats, warmup_rounds=int(once < 0.5)
+            )
 
     return run
 

@@ -45,9 +45,19 @@ def onednn_weight(text: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
     return lambda x: pointwise(x, weight, None, "none", [], "")
 
 
-@cache
 def peak_flops() -> float:
     """Floating-point operations a second of the fastest large float32 product seen here."""
+    return _peak_flops(torch.get_num_threads())
+
+
+def stream_bytes() -> float:
+    """Bytes a second of the fastest large copy seen here, read and written."""
+    return _stream_bytes(torch.get_num_threads())
+
+
+@cache
+def _peak_flops(threads: int) -> float:
+    del threads
     n = 128 if SMOKE else 2048
     g = torch.Generator().manual_seed(0)
     times = interleave(
@@ -57,8 +67,8 @@ def peak_flops() -> float:
 
 
 @cache
-def stream_bytes() -> float:
-    """Bytes a second of the fastest large copy seen here, read and written."""
+def _stream_bytes(threads: int) -> float:
+    del threads
     source = torch.zeros(2**20 if SMOKE else 2**26)
     to = torch.empty_like(source)
     times = interleave({"copy": lambda: to.copy_(source)})

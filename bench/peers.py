@@ -24,7 +24,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` with its own code generator; only the graph is captured in smoke mode."""
     from bench.shapes import SMOKE
 
-    return torch.compile(function, fullgraph=True, backend="eager" if SMOKE else "inductor")
+    return torch.compile(function, backend="eager" if SMOKE else "inductor")
 
 
 # ------------------------------------------------------------------------------ global scores

@@ -174,8 +174,9 @@ def page(found: dict[str, Any], plot: str) -> str:
             "and oneDNN's linear with reordered classes, on the same shape and timed in the same "
             "rounds; in brackets the quartiles of the ratio within a round. Metrics are compared "
             "with scikit-learn where eager is meant. *Limit*: the arithmetic and bytes of the work "
-            "at the two rates above. *Peak*: how far the high-water mark of a fresh process rises. "
-            "*Error* and *distinct*: against float64; of a gradient relative to its largest entry.",
+            "at the two rates above, or those of one thread where the work says so (a kernel that "
+            "has a faster unit than the float32 product of the libraries can pass it). *Peak*: how "
+            "far the high-water mark of a fresh process rises. *Error* and *distinct*: against float64; of a gradient relative to its largest entry.",
             "",
             f"![Ratios]({plot})",
             "",

@@ -6,7 +6,8 @@ times them against each other and against the bare product, and says what is kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,10 +51,12 @@ class Work:
         flops, moved: of the arithmetic nobody can avoid, and bytes of inputs and outputs.
         product: the two factors of the bare product, (B, D) and (K, D); None if there is none.
         tolerance: (relative, absolute) error allowed, by implementation; ``""`` for the others.
-        part: the row of a (R, B) result that an implementation computes alone.
-        by_largest: errors relative to the largest number rather than to each (gradients).
+        part: which of the results an implementation computes alone.
+        by_largest: errors relative to the largest number of a result rather than to each
+            (gradients, differences).
         goals: by implementation.
         precision: of the inputs and the arithmetic.
+        threads: of torch while it is measured; None leaves them.
     """
 
     name: str
@@ -70,6 +73,16 @@ class Work:
     by_largest: bool = False
     goals: Mapping[str, tuple[Goal, ...]] = field(default_factory=dict)
     precision: str = "float32"
+    threads: int | None = None
+
+    @contextmanager
+    def threading(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 @dataclass
@@ -97,7 +110,7 @@ def measure(work: Work) -> Measured:
     truth = _parts(work.truth())
     accuracy, wrong = {}, {}
     for name, call in work.calls.items():
-        wanted = [truth[0][work.part[name]]] if name in work.part else truth
+        wanted = [truth[work.part[name]]] if name in work.part else truth
         try:
             result = call() if name in work.part else work.result(call())
         except BuildError:  # no compiler here: no kernels to time
@@ -113,7 +126,9 @@ def measure(work: Work) -> Measured:
         for call in products.values():
             torch.testing.assert_close(call(), z @ t.T, rtol=1e-3, atol=1e-3)
         calls = products | calls
-    return Measured(work, accuracy, wrong, calls, interleave(calls))
+    with work.threading():
+        times = interleave(calls)
+    return Measured(work, accuracy, wrong, calls, times)
 
 
 def _parts(result: Result) -> list[Tensor]:
@@ -142,7 +157,7 @@ def _accuracy(
                 f"{relative:g} relative + {absolute:g}: at most {float(error.max()):.3g}"
             )
     found: dict[str, float] = {"max_rel_error": worst}
-    if not work.by_largest:
+    if all(x.ndim == 1 for x in truth):  # scores, not gradients or single numbers
         found["distinct"] = sum(x.unique().numel() for x in parts)
         found["distinct_float64"] = sum(x.unique().numel() for x in truth)
     return found, why
@@ -153,10 +168,14 @@ def record(measured: Measured, name: str, peak_mib: float | None) -> dict[str, A
     work, times = measured.work, measured.times
     own, bare = times[name], measured.bare
     low, high = own.quartiles
+    with work.threading():
+        peak, stream = peak_flops(), stream_bytes()
+        limit = limit_seconds(work.flops, work.moved)
     found: dict[str, Any] = {
         "work": work.name,
         "impl": name,
         "precision": work.precision,
+        "threads": work.threads or torch.get_num_threads(),
         "flops": work.flops,
         "bytes": work.moved,
         "median_s": own.median,
@@ -164,10 +183,10 @@ def record(measured: Measured, name: str, peak_mib: float | None) -> dict[str, A
         "rounds": len(own.seconds),
         "gflops_per_s": work.flops / own.median / 1e9,
         "gbytes_per_s": work.moved / own.median / 1e9,
-        "limit_s": limit_seconds(work.flops, work.moved),
-        "share_of_limit": limit_seconds(work.flops, work.moved) / own.median,
-        "machine_gflops_per_s": peak_flops() / 1e9,
-        "machine_gbytes_per_s": stream_bytes() / 1e9,
+        "limit_s": limit,
+        "share_of_limit": limit / own.median,
+        "machine_gflops_per_s": peak / 1e9,
+        "machine_gbytes_per_s": stream / 1e9,
         "to": {},
         **measured.accuracy.get(name, {}),
     }

@@ -21,7 +21,7 @@ from bench.shapes import SMOKE
 __all__ = ["Ratio", "Timing", "interleave", "ratio"]
 
 _BUDGET_S = 0.02 if SMOKE else 2.0  # of one group, warm-up not counted
-_ROUNDS = (3, 4) if SMOKE else (7, 60)
+_ROUNDS = (3, 4) if SMOKE else (5, 60)
 _SAMPLE_S = 0.0 if SMOKE else 4e-4  # calls shorter than this are repeated within a sample
 
 Call = Callable[[], Any]
