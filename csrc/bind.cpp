@@ -111,9 +111,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::init<std::vector<double>,
                  const std::vector<std::tuple<int, int, int64_t, double, bool>>&, int64_t, bool>(),
         py::arg("taus"), py::arg("requests"), py::arg("c"), py::arg("moments"));
+    m.def("unit_rows", &fastood::unit_rows, no_gil, py::arg("rows"), py::arg("name"));
     m.def("pack_text", &pack_text, no_gil, py::arg("text"), py::arg("normalize"), py::arg("name"));
     m.def("splits_text", [] { return kernels().split != nullptr; });
-    m.def("split_text", &split_text, no_gil, py::arg("text"));
+    m.def("split_text", &split_text, no_gil, py::arg("text"), py::arg("normalize"),
+          py::arg("name"));
     m.def("row_scores", &row_scores, no_gil, py::arg("plan"), py::arg("image"), py::arg("panels"),
           py::arg("similarity"), py::arg("K"), py::arg("normalize"), py::arg("classes"),
           py::arg("name"), py::arg("per_row"));

@@ -38,6 +38,21 @@ struct Statistics {
 
 constexpr int64_t HELD = 4;
 
+// (K, D), any float dtype, as float32 rows of unit norm, in the arithmetic of the kernels.
+inline Tensor unit_rows(const Tensor& x_, const char* name) {
+    const Tensor x = readable(name, x_, 2);
+    const Rows rows = rows_view(name, x);
+    Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+    const Tensor faults = at::empty({x.size(0)}, x.options().dtype(at::kByte));
+    float* to = out.data_ptr<float>();
+    uint8_t* fault = faults.data_ptr<uint8_t>();
+    parallel_for(0, x.size(0), 64, [&](int64_t begin, int64_t end) {
+        kernels().unit(rows, begin, end - begin, to, fault);
+    });
+    report(name, "features", faults);
+    return out;
+}
+
 // (K, D), any float dtype, to panels; rows are checked, and normalised if asked.
 inline Tensor pack_text(const Tensor& text_, bool normalize, const char* name) {
     const Tensor text = readable(name, text_, 2);
@@ -56,19 +71,22 @@ inline Tensor pack_text(const Tensor& text_, bool normalize, const char* name) {
     return out;
 }
 
-// (K, D) unit rows for the matrix unit; only where kernels().split is not null.
-inline Tensor split_text(const Tensor& text_) {
-    TORCH_CHECK_VALUE(kernels().split != nullptr, "text: ", kernels().name, " has no matrix unit");
-    const Tensor text = readable("text", text_, 2);
+// The same for the matrix unit; only where kernels().split is not null.
+inline Tensor split_text(const Tensor& text_, bool normalize, const char* name) {
+    TORCH_CHECK_VALUE(kernels().split != nullptr, name, ": ", kernels().name, " has no matrix unit");
+    const Tensor text = readable(name, text_, 2);
     const int64_t K = text.size(0), panels = round_up(K, PANEL) / PANEL;
     const int64_t slices = round_up(text.size(1), SLICE) / SLICE;
-    const Rows rows = rows_view("text", text);
+    const Rows rows = rows_view(name, text);
     Tensor out = at::empty({panels, slices, SPLIT_SLICE}, text.options().dtype(at::kShort));
+    const Tensor faults = at::empty({K}, text.options().dtype(at::kByte));
     uint16_t* to = reinterpret_cast<uint16_t*>(out.data_ptr<int16_t>());
+    uint8_t* fault = faults.data_ptr<uint8_t>();
     parallel_for(0, panels, 2, [&](int64_t begin, int64_t end) {
         const int64_t first = begin * PANEL, last = end * PANEL < K ? end * PANEL : K;
-        kernels().split(rows, first, last - first, to);
+        kernels().split(rows, normalize, first, last - first, to, fault);
     });
+    report(name, "features", faults);
     return out;
 }
 

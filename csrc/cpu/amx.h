@@ -46,17 +46,20 @@ static inline void split_row(const float* row, int64_t index, int64_t slices, in
             split(load(row + s * SLICE + k), parts, out + k, 2 * TILE);
 }
 
-// Classes first.. of unit rows `text`, in the order the unit reads: pairs of the inner index beside
-// each other, [panel][slices][PARTS][2 tiles][16 pairs][16 classes][2].
-static void split_classes(const Rows& text, int64_t first, int64_t count, uint16_t* out) {
+// Classes first.. of `text`, checked and normalised if asked, in the order the unit reads: pairs of
+// the inner index beside each other, [panel][slices][PARTS][2 tiles][16 pairs][16 classes][2].
+static void split_classes(const Rows& text, bool normalize, int64_t first, int64_t count,
+                          uint16_t* out, uint8_t* faults) {
     const int64_t slices = round_up(text.width, SLICE) / SLICE;
     float* row = scratch(1, slices * SLICE);
     uint16_t parts[PARTS * 16];
     for (int64_t k = first; k < round_up(first + count, PANEL); ++k) {
-        if (k < first + count)
+        if (k < first + count) {
             read_row(text, k, 0, text.width, slices * SLICE, row);
-        else
+            faults[k] = prepare_row(row, slices * SLICE, normalize);
+        } else {
             std::memset(row, 0, sizeof(float) * slices * SLICE);
+        }
         uint16_t* to = out + k / PANEL * slices * SPLIT_SLICE + k % PANEL / 16 * TILE + k % 16 * 2;
         for (int64_t d = 0; d < slices * SLICE; d += 16) {
             split(load(row + d), PARTS, parts, 16);

@@ -36,6 +36,7 @@ static bool supported() {
 const Kernels kernels_avx2 = {
     "avx2",
     supported,
+    avx2::unit_rows,
     avx2::pack_classes,
     nullptr,  // split
     avx2::spread_classes,

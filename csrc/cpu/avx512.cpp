@@ -45,6 +45,7 @@ static bool supported() {
 const Kernels kernels_avx512 = {
     "avx512",
     supported,
+    avx512::unit_rows,
     avx512::pack_classes,
     nullptr,  // split
     avx512::spread_classes,
@@ -75,6 +76,7 @@ static bool amx_supported() {
 const Kernels kernels_amx = {
     "amx",
     amx_supported,
+    avx512::unit_rows,
     avx512::pack_classes,
     avx512::split_classes,
     avx512::spread_classes,

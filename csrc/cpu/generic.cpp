@@ -23,6 +23,7 @@ static bool supported() {
 const Kernels kernels_generic = {
     "generic",
     supported,
+    generic::unit_rows,
     generic::pack_classes,
     nullptr,  // split
     generic::spread_classes,

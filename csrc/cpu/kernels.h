@@ -96,11 +96,14 @@ struct EbmJob;              // ebm_job.h
 struct Kernels {
     const char* name;
     bool (*supported)();
+    // rows first..first+count as float32 of unit norm
+    void (*unit)(const Rows& rows, int64_t first, int64_t count, float* out, uint8_t* faults);
     // classes first..first+count of (K, D), first a multiple of PANEL, into their panels
     void (*pack)(const Rows& text, bool normalize, int64_t first, int64_t count, float* panels,
                  uint8_t* faults);
-    // The same for the matrix unit, three bfloat16 numbers for each of a unit row; null without one
-    void (*split)(const Rows& text, int64_t first, int64_t count, uint16_t* panels);
+    // The same for the matrix unit, three bfloat16 numbers for each; null without one
+    void (*split)(const Rows& text, bool normalize, int64_t first, int64_t count,
+                  uint16_t* panels, uint8_t* faults);
     // (K, D) to panels of columns, [D padded / PANEL][K padded to CHUNK][PANEL]
     void (*spread)(const float* text, int64_t stride, int64_t K, int64_t D, float* columns);
     void (*rows)(const RowJob&, const Pool&);

@@ -163,3 +163,15 @@ static void spread_classes(const float* text, int64_t stride, int64_t K, int64_t
         spread_row(row, k, width, height * PANEL, columns);
     }
 }
+
+// Rows first..first+count as float32 of unit norm, (count of all, width).
+static void unit_rows(const Rows& rows, int64_t first, int64_t count, float* out,
+                      uint8_t* faults) {
+    const int64_t padded = round_up(rows.width, CHUNK);
+    float* row = scratch(1, padded);
+    for (int64_t i = first; i < first + count; ++i) {
+        read_row(rows, i, 0, rows.width, padded, row);
+        faults[i] = prepare_row(row, padded, true);
+        std::memcpy(out + i * rows.width, row, sizeof(float) * rows.width);
+    }
+}

@@ -22,10 +22,11 @@ __all__ = [
     "feature_graph",
     "feature_scores",
     "pack_text",
+    "score_panels",
     "similarity_graph",
     "similarity_scores",
-    "split_text",
     "splits_text",
+    "unit_rows",
 ]
 
 _MAX_TAUS = 16  # of one pass, as in csrc/cpu/kernels.h
@@ -39,6 +40,15 @@ def differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def unit_rows(rows: Tensor, *, name: str) -> Tensor:
+    """``rows (K, D)`` as float32 of unit norm, to the bit as the kernels normalise them.
+
+    Raises:
+        ValueError: on NaN, Inf or zero rows.
+    """
+    return loader.cpu().unit_rows(rows.detach(), name)
+
+
 def pack_text(text: Tensor, *, normalize: bool, name: str = "text") -> Tensor:
     """``text (K, D)`` in the layout of the kernels.
 
@@ -49,13 +59,20 @@ def pack_text(text: Tensor, *, normalize: bool, name: str = "text") -> Tensor:
 
 
 def splits_text() -> bool:
-    """Whether row scores go through a matrix unit, which takes classes in a layout of its own."""
+    """Whether scores go through a matrix unit, which takes classes in a layout of its own."""
     return loader.cpu().splits_text()
 
 
-def split_text(text: Tensor) -> Tensor:
-    """Unit rows ``text (K, D)`` in that layout (three bfloat16 numbers for each of float32)."""
-    return loader.cpu().split_text(text.detach())
+def score_panels(text: Tensor, *, normalize: bool, name: str = "text") -> Tensor:
+    """``text (K, D)`` as scores take it on this machine: like ``pack_text``, or split into three
+    bfloat16 numbers for each.
+
+    Raises:
+        ValueError: on NaN, Inf or zero rows.
+    """
+    module = loader.cpu()
+    pack = module.split_text if module.splits_text() else module.pack_text
+    return pack(text.detach(), normalize, name)
 
 
 def _passes(requests: tuple[Request, ...], held: int) -> list[list[int]]:

@@ -8,10 +8,12 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fastood.ops.fused import pack_text, split_text, splits_text
+from fastood.ops import fused
+from fastood.ops.dispatch import choose
 from fastood.scores.inputs import (
     check_count,
     check_features,
+    check_tensor,
     check_width,
     matmul_classes,
     unit_rows,
@@ -119,25 +121,26 @@ class ClassBank:
     def panels(self) -> Tensor:
         """The classes packed for the fused CPU kernels, at first use (as large as ``text``)."""
         if self._panels is None:
-            self._panels = pack_text(self.text, normalize=False)
+            self._panels = fused.pack_text(self.text, normalize=False)
         return self._panels
 
     @property
     def score_panels(self) -> Tensor:
         """The classes as scores take them on this machine: ``panels``, or for its matrix unit."""
-        if not splits_text():
+        if not fused.splits_text():
             return self.panels
         if self._split is None:
-            self._split = split_text(self.text)
+            self._split = fused.score_panels(self.text, normalize=False)
         return self._split
 
     @property
     def negative_score_panels(self) -> Tensor:
         """The rows of the groups likewise."""
-        if not splits_text():
+        if not fused.splits_text():
             return self.negative_panels
         if self._negative_split is None:
-            self._negative_split = split_text(self._negative_rows())
+            rows = self._negative_rows()
+            self._negative_split = fused.score_panels(rows, normalize=False, name="negatives")
         return self._negative_split
 
     @property
@@ -145,7 +148,7 @@ class ClassBank:
         """The (G m, D) rows of the groups packed likewise, padding included."""
         if self._negative_panels is None:
             rows = self._negative_rows()
-            self._negative_panels = pack_text(rows, normalize=False, name="negatives")
+            self._negative_panels = fused.pack_text(rows, normalize=False, name="negatives")
         return self._negative_panels
 
     def _negative_rows(self) -> Tensor:
@@ -211,10 +214,13 @@ class ClassBank:
 
 
 def _prepare(name: str, x: Tensor, normalize: bool) -> Tensor:
-    x = check_features(name, x, (2,), "(K, D)" if name == "text" else "(M, D)")
+    x = check_tensor(name, x, (2,), "(K, D)" if name == "text" else "(M, D)")
     if x.shape[0] == 0:
         raise ValueError(f"{name}: expected at least one row, got {tuple(x.shape)}")
-    x = working(x)
+    if normalize and not fused.differentiable(x) and choose(None, x) == "cpu":
+        # in the kernels' own arithmetic: prepared or not, a score is the same
+        return fused.unit_rows(x, name=name)
+    x = working(check_features(name, x, (2,), ""))
     return (unit_rows(x) if normalize else x).contiguous()
 
 

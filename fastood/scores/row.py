@@ -136,20 +136,16 @@ def score_rows(
 
 
 def packed_classes(text: Tensor, normalize: bool, features: tuple[str, Tensor]) -> Tensor:
-    """Class features packed for one call, normalised exactly as a ``ClassBank`` does it.
+    """Class features checked, normalised and packed for one call.
 
     ``features`` and their name: where both are bad, they are the ones to complain of.
     """
     try:
-        text = working(check_features("text", text.detach(), (2,), "(K, D)"))
+        return fused.score_panels(text, normalize=normalize)
     except ValueError:
         name, x = features
         check_features(name, x, (x.ndim,), "")
         raise
-    text = unit_rows(text) if normalize else text
-    if fused.splits_text():
-        return fused.split_text(text)
-    return fused.pack_text(text, normalize=False)
 
 
 def _by_reference(
