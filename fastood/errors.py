@@ -7,7 +7,14 @@ exit code 2.
 
 from __future__ import annotations
 
-__all__ = ["BuildError", "CacheError", "DataError", "FastoodError", "ModelError", "WeightsUnavailable"]
+__all__ = [
+    "BuildError",
+    "CacheError",
+    "DataError",
+    "FastoodError",
+    "ModelError",
+    "WeightsUnavailable",
+]
 
 
 class FastoodError(Exception):
