@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.shapes import SMOKE
 from bench.timing import interleave
 
-__all__ = ["BARE", "bare_products", "limit_seconds", "onednn_weight", "peak_flops", "stream_bytes"]
+__all__ = ["BARE", "bare_products", "onednn_weight", "peak_flops", "stream_bytes"]
 
 BARE = ("torch.mm", "oneDNN")
 """The two whose faster one is G*."""
@@ -73,8 +73,3 @@ def _stream_bytes(threads: int) -> float:
     to = torch.empty_like(source)
     times = interleave({"copy": lambda: to.copy_(source)})
     return 2 * source.nbytes / times["copy"].best
-
-
-def limit_seconds(flops: float, moved: float) -> float:
-    """The shortest time for so much arithmetic and so many bytes moved, both at full speed."""
-    return max(flops / peak_flops(), moved / stream_bytes())
