@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
         msp,
         neg_entropy,
         neg_label,
+        row_statistics,
         score,
         variance,
     )
@@ -84,6 +85,7 @@ __all__ = [
     "msp",
     "neg_entropy",
     "neg_label",
+    "row_statistics",
     "score",
     "variance",
 ]
@@ -117,6 +119,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "msp",
         "neg_entropy",
         "neg_label",
+        "row_statistics",
         "score",
         "variance",
     ),

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastood import reference
 from fastood.ops.library import define
 
-__all__ = ["RowStatistics", "row_statistics", "similarity_statistics"]
+__all__ = ["RowStatistics", "row_statistics", "similarity_statistics", "statistics_of"]
 
 _ROWS = 1024  # images at a time in the plain-torch default
 
@@ -71,7 +71,8 @@ def similarity_statistics(
 # ------------------------------------------------------------------------------ plain torch
 
 
-def _of_rows(s: Tensor, taus: list[float], c: int, moments: bool) -> tuple[Tensor, ...]:
+def statistics_of(s: Tensor, taus: Sequence[float], c: int, moments: bool) -> tuple[Tensor, ...]:
+    """The five parts of ``RowStatistics`` of similarities (B, K), by autograd differentiable."""
     s = s if s.dtype == torch.float64 else s.float()
     values, index = reference.top(s, c)
     hidden = s.scatter(-1, index, -math.inf)
@@ -101,7 +102,7 @@ def _row_statistics(
 ) -> tuple[Tensor, ...]:
     del panels
     parts = [
-        _of_rows(z @ text.to(z.dtype).mT, taus, c, moments)
+        statistics_of(z @ text.to(z.dtype).mT, taus, c, moments)
         for z in (_working(image[i : i + _ROWS]) for i in range(0, max(1, len(image)), _ROWS))
     ]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -365,7 +366,7 @@ define(
 )
 define(
     f"similarity_statistics(Tensor similarity, float[] taus, int c, bool moments) -> {_OUTPUTS}",
-    default=lambda s, taus, c, moments: _of_rows(s, taus, c, moments),
+    default=lambda s, taus, c, moments: statistics_of(s, taus, c, moments),
     fake=_fake_similarity,
     backward=_backward_similarity,
     setup_context=_save_similarity,

@@ -2,7 +2,8 @@
 
 ``row`` (global), ``local`` (patches), ``grouped`` (negative labels), ``fitted`` (training
 features), ``many`` (all at once), ``bank`` (prepared classes), ``registry`` (by name), ``result``
-(scores that know their orientation). The arithmetic is in ``fastood.reference``.
+(scores that know their orientation), ``statistics`` (what global scores are computed from). The
+arithmetic is in ``fastood.reference``.
 """
 
 from fastood.scores.bank import ClassBank, Head, Similarities
@@ -30,6 +31,7 @@ from fastood.scores.row import (
     neg_entropy,
     variance,
 )
+from fastood.scores.statistics import RowStatistics, row_statistics
 
 __all__ = [
     "SCORES",
@@ -37,6 +39,7 @@ __all__ = [
     "GaussianBank",
     "Head",
     "NeighbourBank",
+    "RowStatistics",
     "ScoreKey",
     "ScoreSpec",
     "Scores",
@@ -56,6 +59,7 @@ __all__ = [
     "msp",
     "neg_entropy",
     "neg_label",
+    "row_statistics",
     "score",
     "variance",
 ]
