@@ -182,6 +182,7 @@ def record(measured: Measured, name: str, peak_mib: float | None) -> dict[str, A
         "flops": work.flops,
         "bytes": work.moved,
         "median_s": own.median,
+        "best_s": own.best,
         "quartiles_s": [low, high],
         "rounds": len(own.seconds),
         "gflops_per_s": work.flops / own.median / 1e9,
