@@ -83,8 +83,8 @@ def kept(found: dict[str, Any]) -> str:
 def table(found: dict[str, Any]) -> str:
     rows = found["rows"]
     lines = [
-        "| work | implementation | ms | fastest; quartiles | ÷ bare product | × faster than eager | "
-        "% of limit | peak MiB | max rel. error | distinct | goal: measured |",
+        "| work | implementation | ms | fastest; quartiles | ÷ bare product | "
+        "× faster than eager | % of limit | peak MiB | max rel. error | distinct | goal: measured |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     previous = None
