@@ -217,7 +217,12 @@ def compiled_like_eager(function, *inputs, backend="aot_eager", **options):
         torch.testing.assert_close(graph(*inputs), want.detach(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SCORES)
+QUICK = ("mcm", "neg_entropy", "delta_energy")  # tracing takes seconds for each
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SCORES]
+)
 def test_every_score_is_one_graph(kernels, name):
     function = SCORES[name]
     image, text, _ = clip_like(6, 9, 16)
