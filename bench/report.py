@@ -84,7 +84,8 @@ def table(found: dict[str, Any]) -> str:
     rows = found["rows"]
     lines = [
         "| work | implementation | ms | fastest; quartiles | ÷ bare product | "
-        "× faster than eager | % of limit | peak MiB | max rel. error | distinct | goal: measured |",
+        "× faster than eager | % of limit | peak MiB | max rel. error | distinct | "
+        "goal: measured |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     previous = None
