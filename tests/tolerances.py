@@ -20,6 +20,7 @@ GRADIENT_RTOL = 5e-5
 # direction, so what is left is small. Worst seen at tau = 1: 1.1e-4; eager float32 has 1.4e-4.
 PATCH_GRADIENT_RTOL = 5e-4
 
-# What fused row scores may err more than eager float32 where that is lucky: they sum in float lanes,
-# up to 128 numbers each at SSE width. Worst seen: 9e-7 (2,000 classes of 4 values); CLIP-like: 2e-7.
+# What fused row scores may err more than eager float32 where that is lucky: they sum in float
+# lanes, up to 128 numbers each at SSE width. Worst seen: 9e-7 (2,000 classes of 4 values);
+# CLIP-like: 2e-7.
 SCORE_BESIDE_EAGER_RTOL = 1e-6

@@ -28,6 +28,7 @@ __all__ = ["Status", "baked_key", "cpu", "cpu_build", "status", "try_cpu"]
 _module: ModuleType | None = None
 _where: tuple[str, Path] | None = None  # "prebuilt" or "built", and the library
 _failure: str | None = None
+_refused: str | None = None
 _warned = False
 _lock = threading.Lock()
 
@@ -77,19 +78,29 @@ def _first() -> ModuleType:
             return _module
         if _failure is not None:
             raise BuildError(_failure)
+        if _refused is not None:
+            raise ValueError(_refused)
         try:
             _where, module = _load()
         except BuildError as error:
             _failure = str(error)
             raise
-        chosen = os.environ.get("FASTOOD_ISA")
-        if chosen:  # the same numbers on different machines, or a comparison
-            try:
-                module.choose_instruction_set(chosen)
-            except ValueError as error:
-                raise ValueError(f"FASTOOD_ISA: {error}") from None
+        _choose_instruction_set(module)
         _module = module
         return module
+
+
+def _choose_instruction_set(module: ModuleType) -> None:
+    """``FASTOOD_ISA``: the same numbers on different machines, or a comparison."""
+    global _refused
+    chosen = os.environ.get("FASTOOD_ISA")
+    if chosen:
+        try:
+            module.choose_instruction_set(chosen)
+        except ValueError as error:
+            # kept: a second attempt would load the library, and register its operators, again
+            _refused = f"FASTOOD_ISA: {error}"
+            raise ValueError(_refused) from None
 
 
 def _load() -> tuple[tuple[str, Path], ModuleType]:

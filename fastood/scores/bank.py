@@ -61,6 +61,7 @@ class ClassBank:
         remainder: ``"drop"`` leaves out the M mod G last negatives, as the authors' code does;
             ``"spread"`` gives the first M mod G groups one more.
         normalize: False if the rows, and the features to come, already have unit norm.
+        impl: who normalises, as for the scores: ``"reference"`` or ``"cpu"`` force one.
 
     Attributes:
         text: (K, D), unit rows, float32 (float64 if given so).
@@ -86,8 +87,9 @@ class ClassBank:
         seed: int | None = 0,
         remainder: Literal["drop", "spread"] = "drop",
         normalize: bool = True,
+        impl: str | None = None,
     ) -> None:
-        self.text = _prepare("text", text, normalize)
+        self.text = _prepare("text", text, normalize, impl)
         self.normalize = normalize
         self._panels: Tensor | None = None
         self._split: Tensor | None = None
@@ -98,7 +100,7 @@ class ClassBank:
         self._padding: Tensor | None = None
         self.full_groups = 0
         if negatives is not None:
-            rows = _prepare("negatives", negatives, normalize)
+            rows = _prepare("negatives", negatives, normalize, impl)
             check_width(self.text, rows, ("text", "negatives"))
             index, padding = group_negatives(len(rows), groups, seed=seed, remainder=remainder)
             self.permutation = index[~padding]
@@ -213,11 +215,11 @@ class ClassBank:
         return Similarities(matmul_classes(z, self.text.to(z.dtype)), sl, sn)
 
 
-def _prepare(name: str, x: Tensor, normalize: bool) -> Tensor:
+def _prepare(name: str, x: Tensor, normalize: bool, impl: str | None) -> Tensor:
     x = check_tensor(name, x, (2,), "(K, D)" if name == "text" else "(M, D)")
     if x.shape[0] == 0:
         raise ValueError(f"{name}: expected at least one row, got {tuple(x.shape)}")
-    if normalize and not fused.differentiable(x) and choose(None, x) == "cpu":
+    if normalize and not fused.differentiable(x) and choose(impl, x) == "cpu":
         # in the kernels' own arithmetic: prepared or not, a score is the same
         return fused.unit_rows(x, name=name)
     x = working(check_features(name, x, (2,), ""))

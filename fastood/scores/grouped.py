@@ -75,6 +75,7 @@ def neg_label(
             seed=seed,
             remainder=remainder,
             normalize=normalize,
+            impl=impl,
         )
     if bank.negatives is None:
         raise ValueError("negatives: this ClassBank holds none; build it with negatives=...")

@@ -33,6 +33,7 @@ BLOCK = 1 << 23
 """Most numbers in a block of similarities: 32 MiB of float32 stays near the caches."""
 
 _SAFE_NORM = (1e-15, 1e15)
+_TAU = (1e-30, 1e30)
 
 # asked once, here: torch.compile before 2.12 cannot trace the question
 _AUTOCAST = frozenset(
@@ -97,6 +98,8 @@ def check_tau(tau: Any) -> float:
     value = check_scalar("tau", tau)
     if value <= 0:
         raise ValueError(f"tau: expected a temperature > 0, got {tau!r}")
+    if not _TAU[0] <= value <= _TAU[1]:  # 1 / tau and cosines / tau have to be numbers
+        raise ValueError(f"tau: expected a temperature from 1e-30 to 1e30, got {tau!r}")
     return value
 
 
@@ -125,6 +128,8 @@ def check_count(name: str, value: Any, low: int, high: int | None, *, high_name:
 def check_width(image: Tensor, text: Tensor, names: tuple[str, str] = ("image", "text")) -> None:
     """Same D, same device, and the same B where the classes come per image."""
     first, second = names
+    if image.shape[-1] == 0:
+        raise ValueError(f"{first}: expected features of D >= 1 numbers, got {tuple(image.shape)}")
     if image.shape[-1] != text.shape[-1]:
         lead = ", ".join("B" if text.ndim == 3 and i == 0 else "K" for i in range(text.ndim - 1))
         raise ValueError(

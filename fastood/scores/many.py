@@ -89,6 +89,7 @@ def score(
             seed=seed,
             remainder=remainder,
             normalize=normalize,
+            impl=impl,
         )
     elif negatives is not None:
         raise ValueError("negatives: the head decides; give them to ClassBank(...) instead")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -63,7 +67,7 @@ def test_the_reference_is_plain_torch(monkeypatch, fused_calls, name):
     monkeypatch.setattr("fastood.ops.loader.try_cpu", lambda: pytest.fail("asked for kernels"))
     monkeypatch.setenv("FASTOOD_IMPL", "reference")
     forced = CALLS[name]()
-    if name not in ("bank", "many"):  # a bank is prepared by what is in use when it is made
+    if name != "bank":  # a bank is prepared by what is in use when it is made
         monkeypatch.delenv("FASTOOD_IMPL")
     assert torch.equal(CALLS[name](impl="reference"), forced)
     assert not fused_calls
@@ -188,3 +192,24 @@ def test_without_a_compiler(tmp_path):
     lines = done.stdout.splitlines()
     assert "/nonexistent/g++" in lines[0]
     assert [line.split(":")[0] for line in lines[1:]] == ["BuildError", "BuildError", "refused"]
+
+
+def test_an_instruction_set_that_is_not_there_is_refused_every_time(kernels):
+    script = """
+import torch, fastood
+for _ in range(2):
+    try:
+        fastood.mcm(torch.rand(2, 8), torch.rand(3, 8))
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "FASTOOD_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1]
+    assert lines[0].startswith("FASTOOD_ISA: instruction set: expected") and "mmx" in lines[0]

@@ -223,6 +223,8 @@ IMAGE, TEXT, _ = clip_like(4, 6, 8)
         (lambda: fastood.mcm(IMAGE, TEXT[:0]), "at least one class, got K = 0"),
         (lambda: fastood.mcm(similarity=torch.zeros(3, 0)), "at least one class"),
         (lambda: fastood.mcm(IMAGE, TEXT, tau=0), "tau: expected a temperature > 0, got 0"),
+        (lambda: fastood.mcm(IMAGE, TEXT, tau=1e-320), "tau: expected a temperature from 1e-30"),
+        (lambda: fastood.mcm(IMAGE[:, :0], TEXT[:, :0]), "image: expected features of D >= 1"),
         (
             lambda: fastood.mcm(IMAGE, TEXT, tau=float("nan")),
             "tau: expected a finite number, got nan",
