@@ -3,6 +3,8 @@
     pytest bench --benchmark-only          # keeps .benchmarks/run.json
     python -m bench.report                 # or: python -m bench.report run.json --out somewhere
 
+Of several runs, each work is taken from the last one that has it (to repeat what was disturbed).
+
 Writes ``<machine>.md``, ``<machine>.svg`` and ``<machine>.json`` (what the two were made of,
 without single rounds) into ``bench/results``. Machines are told by processor, instruction set and
 threads.
@@ -62,6 +64,18 @@ def lite(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs on one machine as one: a work is taken whole from the last run that has it."""
+    works: dict[str, list[Row]] = {}
+    for record in records:
+        mine: dict[str, list[Row]] = {}
+        for row in record["rows"]:
+            mine.setdefault(row["work"], []).append(row)
+        works |= mine
+    rows = [row for of_work in works.values() for row in of_work]
+    return {**records[-1], "runs": sum(r.get("runs", 1) for r in records), "rows": rows}
+
+
 def kept(found: dict[str, Any]) -> str:
     """JSON with one line for each benchmark, five digits of every number."""
 
@@ -74,7 +88,8 @@ def kept(found: dict[str, Any]) -> str:
 
     rows = ",\n".join(json.dumps(short(row), ensure_ascii=False) for row in found["rows"])
     machine = json.dumps(found["machine"], ensure_ascii=False)
-    return f'{{"machine": {machine},\n"date": "{found["date"]}",\n"rows": [\n{rows}\n]}}\n'
+    head = f'{{"machine": {machine},\n"date": "{found["date"]}", "runs": {found["runs"]},'
+    return f'{head}\n"rows": [\n{rows}\n]}}\n'
 
 
 # ------------------------------------------------------------------------------ table
@@ -181,7 +196,12 @@ def page(found: dict[str, Any], plot: str) -> str:
             f"Measured limits: {product:.0f} GF/s (the fastest float32 product of the libraries), "
             f"{copy:.1f} GB/s (copy). Noise: quartiles of a call "
             f"are {100 * spread:.0f} % of its median apart (median over all calls); load average "
-            f"{machine['load']:.1f} at the end.",
+            f"{machine['load']:.1f} at the end."
+            + (
+                f" From {found['runs']} runs, each work whole from one."
+                if found["runs"] > 1
+                else ""
+            ),
             "",
             LEGEND,
             "",
@@ -195,15 +215,15 @@ def page(found: dict[str, Any], plot: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("run", nargs="?", default=".benchmarks/run.json", type=Path)
+    parser.add_argument("run", nargs="*", default=[Path(".benchmarks/run.json")], type=Path)
     parser.add_argument("--out", default=Path(__file__).parent / "results", type=Path)
     parser.add_argument("--name", help="of the files, instead of the machine's")
     options = parser.parse_args(arguments)
-    run = json.loads(options.run.read_text(encoding="utf-8"))
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in options.run]
     # a kept record can be drawn again
-    found = run if "rows" in run else lite(run)
+    found = merged([run if "rows" in run else lite(run) for run in runs])
     if not found["rows"]:
-        parser.error(f"{options.run}: no benchmark of fastood in it")
+        parser.error(f"{', '.join(map(str, options.run))}: no benchmark of fastood")
     name = options.name or file_name(found["machine"])
     options.out.mkdir(parents=True, exist_ok=True)
 
