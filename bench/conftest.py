@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,13 @@ def pytest_configure(config: Any) -> None:
     if wanted and not SMOKE and config.getoption("benchmark_json", None) is None:
         path = config.rootpath / RUN
         path.parent.mkdir(exist_ok=True)
-        config.option.benchmark_json = path.open("wb")
+        # recent versions of the plugin take a name, older ones an open file
+        takes_name = _version_of("pytest-benchmark") >= (5, 3)
+        config.option.benchmark_json = str(path) if takes_name else path.open("wb")
+
+
+def _version_of(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
 
 
 @pytest.hookimpl(optionalhook=True)
