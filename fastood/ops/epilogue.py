@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,9 +43,8 @@ def score_of(request: Request, found: RowStatistics, taus: tuple[float, ...], k:
             out = -torch.expm1(-out / tau) / _partition(v, rest, tau)
     else:
         # where a similarity equals its reset the change is zero, not the rounding of the reset
-        if found.values.dtype == torch.float32:
-            request = request._replace(reset=float(np.float32(request.reset)))
-        out = _delta_energy(request, v, rest, k)
+        to = found.values.new_full((), request.reset).double()
+        out = _delta_energy(request, to, v, rest, k)
     return out.to(found.values.dtype)
 
 
@@ -55,7 +53,7 @@ def _partition(v: Tensor, rest: Tensor, tau: float) -> Tensor:
     return ((v - v[:, :1]) / tau).exp().sum(dim=1) + rest.exp()
 
 
-def _delta_energy(request: Request, v: Tensor, rest: Tensor, k: int) -> Tensor:
+def _delta_energy(request: Request, to: Tensor, v: Tensor, rest: Tensor, k: int) -> Tensor:
     tau, c = request.tau, request.c
     own = (v - v[:, :1]) / tau
     others = [rest[:, None]] if v.shape[1] < k else []
@@ -63,15 +61,15 @@ def _delta_energy(request: Request, v: Tensor, rest: Tensor, k: int) -> Tensor:
         others.append(own[:, c:])
     none_left = not others
     v, own = v[:, :c], own[:, :c]
-    gap = (v - request.reset) / tau
-    reset = (request.reset - v[:, 0]) / tau
+    gap = (v - to) / tau
+    reset = (to - v[:, 0]) / tau
     if request.flag and c > 1:
         together = torch.logsumexp(own, dim=1)
-        to = reset + math.log(c)
+        all_reset = reset + math.log(c)
         if none_left:
-            return together - to
+            return together - all_reset
         left = torch.logsumexp(torch.cat(others, dim=1), dim=1)
-        return reference.softplus_rise(together - left, to - left, together - to)
+        return reference.softplus_rise(together - left, all_reset - left, together - all_reset)
     if none_left and c == 1:
         return gap[:, 0]
     total = torch.zeros_like(rest)
