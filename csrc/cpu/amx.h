@@ -140,7 +140,9 @@ FASTOOD_AMX_TARGET static void multiply_split(const SplitRows& a, const uint16_t
     // Whoever else uses the tiles in this thread (oneDNN does) finds them as they were set up.
     alignas(64) char before[64];
     _tile_storeconfig(before);
-    const TileShapes shapes;
+    TileShapes shapes;
+    if (a.rows < 16)  // a product takes as long as its tile has rows
+        shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = static_cast<uint8_t>(a.rows);
     _tile_loadconfig(&shapes);
     for (int64_t column = 0; column < columns; column += PANEL, panels += a.slices * SPLIT_SLICE)
         for (int64_t s = 0; s < a.slices; s += SLICES_DEEP) {

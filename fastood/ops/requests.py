@@ -52,8 +52,10 @@ class Needs(NamedTuple):
 def needs(requests: tuple[Request, ...]) -> Needs:
     return Needs(
         tuple(dict.fromkeys(r.tau for r in requests)),
-        max((r.c for r in requests), default=1),
-        any(r.kind in (Kind.NEG_ENTROPY, Kind.VARIANCE) for r in requests),
+        max(
+            [1, *[r.c for r in requests]]
+        ),  # lists: torch.compile before 2.12 trips over generators
+        any([r.kind in (Kind.NEG_ENTROPY, Kind.VARIANCE) for r in requests]),  # noqa: C419
     )
 
 

@@ -231,7 +231,7 @@ def entries(methods: Methods) -> dict[str, tuple[str, Mapping[str, Any]]]:
             asked for twice.
     """
     asked: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for item in [methods] if isinstance(methods, str | Mapping) else methods:
+    for item in [methods] if isinstance(methods, (str, Mapping)) else methods:
         if isinstance(item, str):
             item = {item: item}
         elif not isinstance(item, Mapping):
