@@ -237,15 +237,18 @@ def entries(methods: Methods) -> dict[str, tuple[str, Mapping[str, Any]]]:
         elif not isinstance(item, Mapping):
             raise _malformed(item)
         for label, entry in item.items():
-            match (entry, {}) if isinstance(entry, str) else entry:
-                case (str() as name, Mapping() as options):
-                    if label in asked:
-                        raise ValueError(
-                            f"methods: {label!r} is asked for twice; use {{label: (name, options)}}"
-                        )
-                    asked[label] = name, options
-                case _:
-                    raise _malformed(entry)
+            # not a match statement: torch.compile of torch 2.6 cannot trace one
+            pair = (entry, {}) if isinstance(entry, str) else entry
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise _malformed(entry)
+            name, options = pair
+            if not isinstance(name, str) or not isinstance(options, Mapping):
+                raise _malformed(entry)
+            if label in asked:
+                raise ValueError(
+                    f"methods: {label!r} is asked for twice; use {{label: (name, options)}}"
+                )
+            asked[label] = name, options
     return asked
 
 
