@@ -16,7 +16,9 @@ bench:
 	pytest bench --benchmark-only
 
 smoke:
-	FASTOOD_BENCH_SMOKE=1 pytest bench --benchmark-only --benchmark-max-time=0.05 --benchmark-min-rounds=1 -q
+	FASTOOD_BENCH_SMOKE=1 pytest bench --benchmark-only --benchmark-max-time=0.05 \
+		--benchmark-min-rounds=1 --benchmark-json=.benchmarks/smoke.json -q
+	python -m bench.report .benchmarks/smoke.json --out .benchmarks/smoke
 
 wheel:
 	pip wheel --no-deps -w dist .
