@@ -62,8 +62,9 @@ struct GroupedRun {
     Cursor at, next;
 };
 
-static void take_classes(const GroupedRun& run, const float* s, int64_t first, int64_t n,
-                         int64_t index, GroupedRow& row) {
+static void take_classes(const GroupedRun& run, float* s, int64_t first, int64_t n, int64_t index,
+                         GroupedRow& row) {
+    check_products(run.job->normalize, s, n, run.job->faults + index);
     const Mass mass = mass_of(s, n, run.scale);
     if (first == 0) row = {mass, {}, 0};
     else row.classes = joined(row.classes, mass, run.scale.inverse);
@@ -94,6 +95,7 @@ static void add_groups(const GroupedRun& run, const Mass* groups, int64_t count,
 static Cursor take_negatives(const GroupedRun& run, Cursor at, float* s, int64_t n, int64_t index,
                              GroupedRow& row) {
     const GroupedJob& job = *run.job;
+    check_products(job.normalize, s, n, job.faults + index);
     const float* from = s - at.left;
     const float* const end = s + n;
     double* lse = job.lse != nullptr ? job.lse + index * (job.G + 1) + 1 : nullptr;
@@ -124,10 +126,7 @@ static Cursor take_negatives(const GroupedRun& run, Cursor at, float* s, int64_t
     if (count > 0) add_groups(run, finished, count, lse + (lse ? at.group - count : 0), row);
     at.left = end - from;
     std::memmove(s - at.left, from, sizeof(float) * at.left);
-    if (at.group == job.G) {
-        job.scores[index] = static_cast<float>(row.total / job.G);
-        if (__builtin_isnan(row.total)) job.faults[index] = kOverflow;  // a product did
-    }
+    if (at.group == job.G) job.scores[index] = static_cast<float>(row.total / job.G);
     return at;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +22,9 @@ from fastood.scores.inputs import (
 )
 
 __all__ = ["ClassBank", "Head", "Similarities"]
+
+
+_PACKED = ("_panels", "_split", "_negative_panels", "_negative_split")
 
 
 class Similarities(NamedTuple):
@@ -64,7 +68,7 @@ class ClassBank:
         impl: who normalises, as for the scores: ``"reference"`` or ``"cpu"`` force one.
 
     Attributes:
-        text: (K, D), unit rows, float32 (float64 if given so).
+        text: (K, D), unit rows, float32 (float64 if given so); a copy of what was given.
         negatives: (G, m, D) or None.
         permutation: (M') int64 row numbers of ``negatives`` in group order, or None.
         full_groups: groups of m; the last row of the others is padding.
@@ -123,7 +127,7 @@ class ClassBank:
     def panels(self) -> Tensor:
         """The classes packed for the fused CPU kernels, at first use (as large as ``text``)."""
         if self._panels is None:
-            self._panels = fused.pack_text(self.text, normalize=False)
+            self._panels = _packed(fused.pack_text, "text", self.text)
         return self._panels
 
     @property
@@ -132,7 +136,7 @@ class ClassBank:
         if not fused.splits_text():
             return self.panels
         if self._split is None:
-            self._split = fused.score_panels(self.text, normalize=False)
+            self._split = _packed(fused.score_panels, "text", self.text)
         return self._split
 
     @property
@@ -142,7 +146,7 @@ class ClassBank:
             return self.negative_panels
         if self._negative_split is None:
             rows = self._negative_rows()
-            self._negative_split = fused.score_panels(rows, normalize=False, name="negatives")
+            self._negative_split = _packed(fused.score_panels, "negatives", rows)
         return self._negative_split
 
     @property
@@ -150,7 +154,7 @@ class ClassBank:
         """The (G m, D) rows of the groups packed likewise, padding included."""
         if self._negative_panels is None:
             rows = self._negative_rows()
-            self._negative_panels = fused.pack_text(rows, normalize=False, name="negatives")
+            self._negative_panels = _packed(fused.pack_text, "negatives", rows)
         return self._negative_panels
 
     def _negative_rows(self) -> Tensor:
@@ -168,12 +172,14 @@ class ClassBank:
         """``panels`` if there already are any: a compiled graph cannot make them."""
         return self._panels
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is packed: that is larger, and of this machine and version."""
+        return self.__dict__ | dict.fromkeys(_PACKED)
+
     def to(self, *args: Any, **kwargs: Any) -> ClassBank:
         """A bank on another device or in another float dtype; the permutation stays."""
         moved = object.__new__(ClassBank)
-        moved.__dict__.update(self.__dict__)
-        moved._panels = moved._negative_panels = None
-        moved._split = moved._negative_split = None
+        moved.__dict__.update(self.__getstate__())
         moved.text = self.text.to(*args, **kwargs)
         if self.negatives is not None:
             moved.negatives = self.negatives.to(*args, **kwargs)
@@ -223,7 +229,15 @@ def _prepare(name: str, x: Tensor, normalize: bool, impl: str | None) -> Tensor:
         # in the kernels' own arithmetic: prepared or not, a score is the same
         return fused.unit_rows(x, name=name)
     x = working(check_features(name, x, (2,), ""))
-    return (unit_rows(x) if normalize else x).contiguous()
+    if normalize:
+        return unit_rows(x).contiguous()
+    # a copy: what is packed once must not change with the caller's tensor
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _packed(pack: Callable[..., Tensor], name: str, rows: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # kept, and perhaps saved for a backward later on
+        return pack(rows, normalize=False, name=name)
 
 
 def _rows_of(

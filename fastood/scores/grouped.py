@@ -13,6 +13,7 @@ from fastood.ops.grouped import grouped_graph, grouped_scores
 from fastood.scores.bank import ClassBank
 from fastood.scores.inputs import (
     check_features,
+    check_finite,
     check_tau,
     check_tensor,
     check_width,
@@ -85,6 +86,8 @@ def neg_label(
         return _by_kernel(image, bank, bank.negatives, tau, normalize and bank.normalize)
     s = (bank if normalize else bank.as_is()).similarities(image)
     assert s.negatives is not None  # the bank holds some
+    for values in (s.image, s.negatives.amax(dim=-1)):  # padding is -inf
+        check_finite("similarity", values, what="values")
     return reference.neg_label(s.image, s.negatives, tau)
 
 
