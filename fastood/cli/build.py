@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Annotated, Any
 
@@ -54,6 +53,7 @@ def kernels() -> dict[str, Any]:
     """What runs the scores on the CPU and why, for ``fastood info``; compiles nothing."""
     from fastood.errors import BuildError
     from fastood.ops import loader
+    from fastood.ops.dispatch import asked
 
     found = loader.status()
     content: dict[str, Any] = {"active": "reference", "why": found.why, "state": found.state}
@@ -62,6 +62,8 @@ def kernels() -> dict[str, Any]:
             module = loader.cpu()
         except BuildError as error:
             content |= {"why": str(error), "state": "unavailable"}
+        except ValueError as error:  # FASTOOD_ISA: every score raises it
+            content |= {"active": "none", "why": str(error)}
         else:
             content["active"] = "cpu"
             for name in ("instruction_sets", "active_instruction_set"):
@@ -71,9 +73,14 @@ def kernels() -> dict[str, Any]:
                 content[name] = getattr(module, name, None)
     elif found.state == "to compile":
         content["active"] = "cpu"
-    forced = os.environ.get("FASTOOD_IMPL", "").strip()
-    if forced == "reference":
-        content |= {"active": forced, "why": f"FASTOOD_IMPL={forced}; otherwise: {content['why']}"}
+    try:
+        forced = asked(None)
+    except ValueError as error:
+        content |= {"active": "none", "why": str(error)}
+    else:
+        if forced == "reference":
+            why = f"FASTOOD_IMPL={forced}; otherwise: {content['why']}"
+            content |= {"active": forced, "why": why}
     if found.path is not None:
         content |= {"kind": found.kind, "path": str(found.path)}
     content["key"] = found.key

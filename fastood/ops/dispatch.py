@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from fastood.ops import loader
 
-__all__ = ["IMPLEMENTATIONS", "Impl", "choose"]
+__all__ = ["IMPLEMENTATIONS", "Impl", "asked", "choose"]
 
 Impl = Literal["reference", "cpu", "triton", "cuda"]
 IMPLEMENTATIONS: tuple[Impl, ...] = ("reference", "cpu", "triton", "cuda")
@@ -29,7 +29,7 @@ def choose(impl: str | None, *tensors: Tensor | None) -> Literal["reference", "c
         ValueError: an unknown name; one that cannot compute these tensors.
         BuildError: ``"cpu"`` is asked for and the extension cannot be built.
     """
-    name = _asked(impl)
+    name = asked(impl)
     if name is None:
         for x in tensors:
             if x is not None and not (x.is_cpu and x.dtype != torch.float64):
@@ -59,7 +59,8 @@ def choose(impl: str | None, *tensors: Tensor | None) -> Literal["reference", "c
 
 
 @torch.compiler.assume_constant_result
-def _asked(impl: str | None) -> str | None:
+def asked(impl: str | None) -> str | None:
+    """The implementation that ``impl`` or ``FASTOOD_IMPL`` names, None if neither does."""
     name = impl or os.environ.get("FASTOOD_IMPL") or None
     source = "impl" if impl else "FASTOOD_IMPL"
     if name is not None and name not in IMPLEMENTATIONS:

@@ -59,3 +59,9 @@ def test_what_a_person_forced_is_what_info_says(fastood, calls, monkeypatch):
     monkeypatch.setenv("FASTOOD_IMPL", "reference")
     kernels = fastood("info", "--json").json["kernels"]
     assert kernels["active"] == "reference" and "FASTOOD_IMPL=reference" in kernels["why"]
+
+
+def test_info_says_what_every_score_will_refuse(fastood, calls, monkeypatch):
+    monkeypatch.setenv("FASTOOD_IMPL", "fastest")
+    kernels = fastood("info", "--json").json["kernels"]
+    assert kernels["active"] == "none" and "FASTOOD_IMPL" in kernels["why"]
