@@ -183,10 +183,10 @@ static bool read_span(const Rows& rows, int64_t i, int64_t first, int64_t n, flo
 }
 
 // Features taken as they come may overflow in a product, which must end neither in a ranking nor in
-// the search for the top values: that relies on numbers that compare.
-static void check_products(const RowJob& job, float* s, int64_t row, int64_t n) {
-    if (job.normalize || all_finite(s, n)) return;
-    job.faults[row] = kOverflow;
+// the search for the top values: that relies on numbers that compare. `s` is n products of a row.
+static void check_products(bool normalized, float* s, int64_t n, uint8_t* fault) {
+    if (normalized || all_finite(s, n)) return;
+    *fault = kOverflow;
     std::memset(s, 0, sizeof(float) * n);
 }
 
@@ -206,7 +206,7 @@ static void rows_of_block(const RowJob& job, const Scale* scales, int64_t first,
         if (!given(job)) products(left, {job.panels, job.split}, k, n, s, ld);
         for (int64_t i = 0; i < rows; ++i) {
             if (!given(job)) {
-                check_products(job, s + i * ld, first + i, n);
+                check_products(job.normalize, s + i * ld, n, job.faults + first + i);
             } else if (!read_span(job.similarity, first + i, k, n, s + i * ld)) {
                 job.faults[first + i] = kNotFinite;
                 std::memset(s + i * ld, 0, sizeof(float) * n);
@@ -271,7 +271,7 @@ static void rows_kernel(const RowJob& job, const Pool& pool) {
             },
             &run);
         for (int64_t i = 0; i < run.B; ++i) {
-            check_products(job, run.s + i * run.ld, i, n);
+            check_products(job.normalize, run.s + i * run.ld, n, job.faults + i);
             take_span(job, scales, run.s + i * run.ld, run.first, n, i, states);
         }
     }
