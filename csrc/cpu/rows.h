@@ -224,8 +224,25 @@ struct RowRun {
     // a batch too small to share by rows: shared by classes instead
     LeftRows left;
     float* s;
-    int64_t first, span, ld;
+    States states;
+    int64_t first, n, span, ld;
 };
+
+// One span of rows begin..end (in units of WD) of a shared batch, and after the last their scores.
+static void take_shared(const RowRun& run, int64_t begin, int64_t end) {
+    const RowJob& job = *run.job;
+    const int64_t from = begin * WD, to = end * WD < run.B ? end * WD : run.B;
+    for (int64_t i = from; i < to; ++i) {
+        float* s = run.s + i * run.ld;
+        check_products(job.normalize, s, run.n, job.faults + i);
+        take_span(job, run.scales, s, run.first, run.n, i, run.states);
+    }
+    if (run.first + run.n < job.K) return;
+    const States& all = run.states;
+    finish(job, run.scales, from, to - from,
+           {all.tops + from * job.c, all.rests + from * job.T, all.held + from,
+            all.centres + from});
+}
 
 static void rows_kernel(const RowJob& job, const Pool& pool) {
     RowRun run{};
@@ -259,21 +276,22 @@ static void rows_kernel(const RowJob& job, const Pool& pool) {
     run.ld = run.span + CHUNK;
     run.left = left_rows(job.image, job.normalize, job.split != nullptr, 0, run.B, job.faults);
     run.s = scratch(4, run.B * run.ld);
-    const States states = states_for(run.B, job.c, job.T);
+    run.states = states_for(run.B, job.c, job.T);
     for (run.first = 0; run.first < job.K; run.first += run.span) {
-        const int64_t n = job.K - run.first < run.span ? job.K - run.first : run.span;
+        run.n = job.K - run.first < run.span ? job.K - run.first : run.span;
         pool.run(
-            round_up(n, PANEL) / PANEL,
+            round_up(run.n, PANEL) / PANEL,
             [](void* context, int64_t begin, int64_t end) {
                 const RowRun& r = *static_cast<const RowRun*>(context);
                 products(r.left, {r.job->panels, r.job->split}, r.first + begin * PANEL,
                          (end - begin) * PANEL, r.s + begin * PANEL, r.ld);
             },
             &run);
-        for (int64_t i = 0; i < run.B; ++i) {
-            check_products(job.normalize, run.s + i * run.ld, n, job.faults + i);
-            take_span(job, scales, run.s + i * run.ld, run.first, n, i, states);
-        }
+        pool.run(
+            (run.B + WD - 1) / WD,
+            [](void* context, int64_t begin, int64_t end) {
+                take_shared(*static_cast<const RowRun*>(context), begin, end);
+            },
+            &run);
     }
-    finish(job, scales, 0, run.B, states);
 }
