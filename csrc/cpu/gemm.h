@@ -82,10 +82,6 @@ struct Packed {
     int64_t inner;  // padded to CHUNK
 };
 
-static inline float* unit_of(float* packed, int64_t row, int64_t inner) {
-    return packed + (row / MR) * MR * inner;
-}
-
 // Copies one row of floats (padded with zeros to `inner`) into its place among `rows`.
 static inline void pack_row(const float* row, int64_t index, int64_t rows, int64_t inner,
                             float* packed) {

@@ -51,12 +51,6 @@ static inline vf exp_scaled(vf y, vf hi, vf lo) {
     return fma(p.fraction, p.whole, p.whole);
 }
 
-// exp(y / tau) - 1 without cancellation around zero.
-static inline vf expm1_scaled(vf y, vf hi, vf lo) {
-    const Power p = power_of_two(y, hi, lo);
-    return fma(p.fraction, p.whole, p.whole - all(1.0f));
-}
-
 // log(x) for normal x > 0, relative error about 1e-7.
 static inline vf log_positive(vf x) {
     const lanes_i32 bits = (lanes_i32)x;

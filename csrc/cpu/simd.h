@@ -9,15 +9,12 @@
 #if FASTOOD_WIDTH == 16
 using vf = __m512;
 using vd = __m512d;
-using vi = __m512i;
 #elif FASTOOD_WIDTH == 8
 using vf = __m256;
 using vd = __m256d;
-using vi = __m256i;
 #else
 typedef float vf __attribute__((vector_size(16)));
 typedef double vd __attribute__((vector_size(16)));
-typedef int32_t vi __attribute__((vector_size(16)));
 #endif
 
 constexpr int W = FASTOOD_WIDTH;  // floats in a vf
@@ -86,18 +83,6 @@ static inline uint32_t at_least(vf a, vf b) {
 #else
     uint32_t bits = 0;
     for (int i = 0; i < W; ++i) bits |= static_cast<uint32_t>(a[i] >= b[i]) << i;
-    return bits;
-#endif
-}
-
-static inline uint32_t greater(vf a, vf b) {
-#if FASTOOD_WIDTH == 16
-    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
-#elif FASTOOD_WIDTH == 8
-    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
-#else
-    uint32_t bits = 0;
-    for (int i = 0; i < W; ++i) bits |= static_cast<uint32_t>(a[i] > b[i]) << i;
     return bits;
 #endif
 }
