@@ -6,7 +6,9 @@
 #include <cstring>
 
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 sees some in immintrin.h itself
+// GCC 12 sees some in immintrin.h itself
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <cpuid.h>
 #include <immintrin.h>
@@ -27,7 +29,11 @@
 #endif
 
 #define FASTOOD_ISA avx512
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define FASTOOD_AMX 1
+#else
+#define FASTOOD_AMX 0  // the compiler does not know the unit
+#endif
 #define FASTOOD_WIDTH 16
 #include "isa.h"
 
@@ -57,6 +63,7 @@ const Kernels kernels_avx512 = {
     avx512::ebm_kernel,
 };
 
+#if FASTOOD_AMX
 // AMX: the same, but the products of row scores, which go through the matrix unit.
 
 static bool amx_supported() {
@@ -87,6 +94,11 @@ const Kernels kernels_amx = {
     avx512::patches_kernel,
     avx512::ebm_kernel,
 };
+#else
+static bool amx_supported() { return false; }
+
+const Kernels kernels_amx = {"amx", amx_supported};
+#endif
 
 }  // namespace fastood
 #endif

@@ -59,6 +59,8 @@ static vd delta_energy(const Tops& t, vd rest, double inverse, const Request& r,
         if (none_left) return gap;
         return softplus_rise(together - rest, to - rest, gap);
     }
+    vd whole = exp(rest);  // sum of all
+    for (int64_t j = 0; j < c; ++j) whole = whole + ratio(t, j, 0, inverse);
     vd total{};
     for (int64_t j = 0; j < c; ++j) {
         const vd own = (t.values[j] - best) * all(inverse);
@@ -75,10 +77,7 @@ static vd delta_energy(const Tops& t, vd rest, double inverse, const Request& r,
                 return gap;
             }
         } else {
-            vd z = exp(rest) + all(1.0);
-            for (int64_t i = 1; i < c; ++i)
-                if (i != j) z = z + ratio(t, i, 0, inverse);
-            others = log(z);
+            others = log(whole - exp(own));  // at least 1, the largest, stays in
         }
         total = total + softplus_rise(own - others, reset - others, gap);
     }

@@ -100,6 +100,7 @@ static void patch_rows(const PatchRun& run, int64_t from, int64_t to) {
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t patch = run.first + from + i;
         float* s = g + i * run.ld;
+        check_products(job.normalize, s, job.K, job.faults + patch);
         job.rank[patch] = rank_of(s, job.K, s[job.labels[patch / job.P]]);
         job.entropy[patch] = 0;
         if (job.rank[patch] < job.top_k) continue;

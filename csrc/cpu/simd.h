@@ -87,30 +87,31 @@ static inline uint32_t at_least(vf a, vf b) {
 #endif
 }
 
-// Sums and extremes over the lanes, in a fixed order.
+// Sums and extremes over the lanes, by halves: a fixed order.
+#if FASTOOD_WIDTH == 16
+static inline float sum(vf x) { return _mm512_reduce_add_ps(x); }
+static inline float largest(vf x) { return _mm512_reduce_max_ps(x); }
+static inline float smallest(vf x) { return _mm512_reduce_min_ps(x); }
+#else
+template <class F>
+static inline float by_halves(vf x, F f) {
+    float a[W];
+    store(a, x);
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) a[i] = f(a[i], a[i + half]);
+    return a[0];
+}
+
 static inline float sum(vf x) {
-    float a[W];
-    store(a, x);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) a[i] += a[i + half];
-    return a[0];
+    return by_halves(x, [](float a, float b) { return a + b; });
 }
-
 static inline float largest(vf x) {
-    float a[W];
-    store(a, x);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
-    return a[0];
+    return by_halves(x, [](float a, float b) { return a > b ? a : b; });
 }
-
 static inline float smallest(vf x) {
-    float a[W];
-    store(a, x);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) a[i] = a[i] < a[i + half] ? a[i] : a[i + half];
-    return a[0];
+    return by_halves(x, [](float a, float b) { return a < b ? a : b; });
 }
+#endif
 
 // Lane by lane choices for doubles (comparison masks of operators, without branches).
 static inline vd select(lanes_i64 mask, vd yes, vd no) {
