@@ -60,7 +60,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axes,
             (
                 "time ÷ bare product (left is better)",
-                "× faster than eager, metrics: than scikit-learn (right is better)",
+                "× faster than eager (metrics: scikit-learn)",
             ),
             strict=True,
         ):
