@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import fastood
-from fastood.errors import BuildError
-from fastood.ops import ebm, loader
+from fastood.ops import ebm
 from fastood.ops.ebm import energy_bound
 from tests import tolerances
 from tests.conftest import clip_like
@@ -35,31 +34,6 @@ SHAPES = [
     (15, 33, 31),
     (9, 31, 64),
 ]
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    try:
-        return loader.cpu()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(params=["avx512", "avx2", "generic"])
-def instruction_set(request, kernels):
-    if request.param not in kernels.instruction_sets():
-        pytest.skip(f"this machine has no {request.param}")
-    before = kernels.active_instruction_set()
-    kernels.choose_instruction_set(request.param)
-    yield request.param
-    kernels.choose_instruction_set(before)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def loss_and_gradients(image, text, labels, **options):

@@ -29,13 +29,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def unit(x):
     x = x.double()
     return (x / x.norm(dim=-1, keepdim=True)).float()

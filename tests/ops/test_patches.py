@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import fastood
-from fastood.errors import BuildError
-from fastood.ops import loader, patches
+from fastood.ops import patches
 from fastood.ops.patches import patch_entropy
 from tests import tolerances
 from tests.conftest import clip_like
@@ -27,31 +26,6 @@ SHAPES = [
     (1, 30, 5000, 16, 900),
     (3, 126, 40, 8, 39),
 ]
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    try:
-        return loader.cpu()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(params=["avx512", "avx2", "generic"])
-def instruction_set(request, kernels):
-    if request.param not in kernels.instruction_sets():
-        pytest.skip(f"this machine has no {request.param}")
-    before = kernels.active_instruction_set()
-    kernels.choose_instruction_set(request.param)
-    yield request.param
-    kernels.choose_instruction_set(before)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def unit(x):
