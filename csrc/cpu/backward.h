@@ -40,24 +40,32 @@ static void gradient_of_span(const RowBackwardJob& job, const Scale* scales, int
     for (int64_t k = n; k < round_up(n, PANEL); ++k) s[k] = 0.0f;  // a multiply reads that far
 }
 
+// s[rows, columns] = the similarities of rows first..first+rows again. `spread`, unless null, receives
+// the rows in panels of columns as rows from.. of a block of GRADIENT_ROWS.
+static void products_again(const Rows& image, int64_t first, int64_t rows, const float* panels,
+                           int64_t columns, float* s, int64_t ld, int64_t from, float* spread) {
+    const int64_t inner = round_up(image.width, CHUNK), width = round_up(image.width, PANEL);
+    float* row = scratch(1, width);
+    float* packed = scratch(0, rows * inner);
+    for (int64_t i = 0; i < rows; ++i) {
+        read_row(image, first + i, 0, image.width, width, row);
+        pack_row(row, i, rows, inner, packed);
+        if (spread != nullptr) spread_row(row, from + i, width, GRADIENT_ROWS * PANEL, spread);
+    }
+    multiply_panels({packed, rows, inner}, panels, round_up(columns, PANEL), s, ld);
+}
+
 // Rows begin..end (in units of MR) of the block: gradient of the similarities, then of the image.
 static void backward_rows(const BackwardRun& run, int64_t begin, int64_t end) {
     const RowBackwardJob& job = *run.job;
     const int64_t from = begin * MR, to = end * MR < run.rows ? end * MR : run.rows;
     if (from >= to) return;
-    const int64_t rows = to - from, n = run.classes, D = job.image.width;
-    const int64_t inner = round_up(D, CHUNK);
+    const int64_t rows = to - from, n = run.classes;
     float* s = run.s + from * run.ld;
-    float* row = scratch(1, run.width);
-    float* packed = scratch(0, rows * inner);
-    for (int64_t i = 0; i < rows; ++i) {
-        read_row(job.image, run.first + from + i, 0, D, run.width, row);
-        pack_row(row, i, rows, inner, packed);
-        if (run.class_first == 0 && job.d_text != nullptr)
-            spread_row(row, from + i, run.width, GRADIENT_ROWS * PANEL, run.spread);
-    }
-    multiply_panels({packed, rows, inner}, job.panels + run.class_first * inner,
-                    round_up(n, PANEL), s, run.ld);
+    const bool spread = run.class_first == 0 && job.d_text != nullptr;
+    products_again(job.image, run.first + from, rows,
+                   job.panels + run.class_first * round_up(job.image.width, CHUNK), n, s, run.ld,
+                   from, spread ? run.spread : nullptr);
     for (int64_t i = 0; i < rows; ++i)
         gradient_of_span(job, run.scales, run.first + from + i, run.class_first, n,
                          s + i * run.ld);

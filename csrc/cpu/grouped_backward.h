@@ -75,19 +75,12 @@ static void grouped_backward_rows(const GroupedBackwardRun& run, int64_t begin, 
     const GroupedBackwardJob& job = *run.job;
     const int64_t from = begin * MR, to = end * MR < run.rows ? end * MR : run.rows;
     if (from >= to) return;
-    const int64_t rows = to - from, n = run.columns, D = job.image.width;
-    const int64_t inner = round_up(D, CHUNK);
+    const int64_t rows = to - from, n = run.columns;
     float* s = run.s + from * run.ld;
-    float* row = scratch(1, run.width);
-    float* packed = scratch(0, rows * inner);
-    for (int64_t i = 0; i < rows; ++i) {
-        read_row(job.image, run.first + from + i, 0, D, run.width, row);
-        pack_row(row, i, rows, inner, packed);
-        if (run.column == 0 && run.side.gradient != nullptr)
-            spread_row(row, from + i, run.width, GRADIENT_ROWS * PANEL, run.spread);
-    }
-    multiply_panels({packed, rows, inner}, run.side.panels + run.column * inner,
-                    round_up(n, PANEL), s, run.ld);
+    const bool spread = run.column == 0 && run.side.gradient != nullptr;
+    products_again(job.image, run.first + from, rows,
+                   run.side.panels + run.column * round_up(job.image.width, CHUNK), n, s, run.ld,
+                   from, spread ? run.spread : nullptr);
     for (int64_t i = 0; i < rows; ++i)
         grouped_gradient(run, run.first + from + i, s + i * run.ld, n);
     if (job.d_image == nullptr) return;

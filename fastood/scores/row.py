@@ -172,10 +172,11 @@ def _of_similarity(
     requests: tuple[Request, ...], s: Tensor, impl: str | None, classes: bool
 ) -> RowScores:
     _check_requests(requests, s.shape[1], "similarity")
-    if choose(impl, s) == "cpu" and not fused.differentiable(s):
+    kernel = choose(impl, s) == "cpu"
+    if kernel and not fused.differentiable(s):
         return RowScores(*fused.similarity_scores(requests, s, classes=classes))
     check_finite("similarity", s, what="values")
-    if choose(impl, s) == "cpu":
+    if kernel:
         return RowScores(*fused.similarity_graph(requests, s))
     s = working(s)
     values = torch.stack([reference_score(r, s) for r in requests])
