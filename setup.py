@@ -44,6 +44,7 @@ setup(
     package_dir={"fastood._csrc": "csrc"},
     package_data={
         "fastood": ["py.typed"],
+        "fastood.kernels": ["*.json"],
         "fastood.models": ["tiny/*"],
         "fastood.demo": ["photos/**/*", "*.json", "*.md", "*.txt"],
         "fastood.report": ["*.html", "*.css"],

@@ -12,6 +12,7 @@ __all__ = [
     "CacheError",
     "DataError",
     "FastoodError",
+    "KernelError",
     "ModelError",
     "WeightsUnavailable",
 ]
@@ -39,3 +40,7 @@ class CacheError(FastoodError):
 
 class BuildError(FastoodError):
     """Kernels that cannot be compiled or loaded; the message has the reason and the remedy."""
+
+
+class KernelError(FastoodError):
+    """A GPU kernel that does not compile here; the message has the compiler's last lines."""
