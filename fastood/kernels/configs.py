@@ -7,10 +7,10 @@ first use.
      "config": {"rows": 64, "columns": 128, "depth": 64, "warps": 4, "stages": 4, "splits": 0},
      "timed": null}
 
-``rows`` and ``width`` are the largest B (patches count as rows) and D it is meant for, null for any;
-``splits`` how many programs share the classes of a row, 0 for as many as fill the GPU. ``timed`` is
-the GPU an entry was measured on; null says that it is a guess. ``python -m bench.gpu.tune`` measures
-and rewrites the table.
+``rows`` and ``width`` are the largest B (patches count as rows) and D it is meant for, null for
+any; ``splits`` how many programs share the classes of a row, 0 for as many as fill the GPU.
+``timed`` is the GPU an entry was measured on; null says that it is a guess.
+``python -m bench.gpu.tune`` measures and rewrites the table.
 """
 
 from __future__ import annotations

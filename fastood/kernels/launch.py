@@ -1,4 +1,4 @@
-"""Starting Triton kernels: where they can run, on which device, and what if one does not compile."""
+"""Starting Triton kernels: where they run, on which device, and what if one does not compile."""
 
 from __future__ import annotations
 

@@ -61,24 +61,26 @@ def low_half(x, high):
 def as_operand(x, MODE: tl.constexpr):
     """``x`` as it is multiplied (fp16x3: its high half)."""
     if MODE == "bf16":
-        return x.to(tl.bfloat16)
+        y = x.to(tl.bfloat16)
     elif MODE == "tf32":
-        return round_tf32(x.to(tl.float32))
+        y = round_tf32(x.to(tl.float32))
     elif MODE == "fp32":
-        return x.to(tl.float32)
+        y = x.to(tl.float32)
     else:
-        return x.to(tl.float16)
+        y = x.to(tl.float16)
+    return y
 
 
 @triton.jit
 def product(a, b, acc, MODE: tl.constexpr):
     """``acc + a @ b`` of operands, summed in float32."""
     if MODE == "fp32":
-        return tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     elif MODE == "bf16" and _INTERPRETED:  # NumPy knows no bfloat16, and would multiply its bits
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        return tl.dot(a, b, acc)
+        acc = tl.dot(a, b, acc)
+    return acc
 
 
 @triton.jit
