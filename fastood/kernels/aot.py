@@ -23,3 +23,293 @@ take plain CPU tensors, uninitialised ones are good enough (nothing is computed:
 ``torch.empty`` left in them, so nothing may depend on their values); ``pick`` answers from the
 table and ``processors`` as on an A100 or H100. Entries that no call picks are reported.
 """
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from fastood.kernels import configs, launch
+from fastood.kernels.configs import Config, Entry
+
+__all__ = ["SHARED", "Compiled", "Unit", "compile_all", "compile_unit", "recording", "units"]
+
+SHARED = {80: 166_912, 90: 232_448}
+"""Shared memory of one block, bytes, by compute capability."""
+
+_PROCESSORS = {80: 108, 90: 132}
+_WIDTHS = (512, 768)
+_WIDEST = 1024  # for families whose entries differ by width
+_ROWS = 8192  # when an entry is for any number
+_OF_INTEREST = ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDL", "STL")
+_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+_RESOURCE = re.compile(r"(REG|STACK|LOCAL):(\d+)")
+
+
+class Unit(NamedTuple):
+    """One entry of the table at one width for one GPU."""
+
+    entry: Entry
+    rows: int
+    width: int
+    arch: int
+
+
+@dataclass
+class Compiled:
+    """What one kernel needs."""
+
+    family: str
+    precision: str
+    config: Config
+    width: int
+    arch: int
+    label: str
+    kernel: str = ""
+    warps: int = 0
+    stages: int = 0
+    shared: int = 0
+    """Bytes of a block."""
+    registers: int = 0
+    stack: int = 0
+    """Bytes of a thread; registers that do not fit are kept there."""
+    instructions: dict[str, int] = field(default_factory=dict)
+    """How many there are, all and those of interest; LDL and STL read and write the stack."""
+    seconds: float = 0.0
+    """Almost nothing if Triton's cache has it."""
+    digest: str = ""
+    error: str = ""
+
+    @property
+    def problems(self) -> list[str]:
+        """Why this must not be committed; empty if it may."""
+        found = [self.error] if self.error else []
+        if self.shared > SHARED.get(self.arch, self.shared):
+            found.append(f"{self.shared} bytes of shared memory, there are {SHARED[self.arch]}")
+        moves = self.instructions.get("LDL", 0) + self.instructions.get("STL", 0)
+        if moves or self.stack:
+            found.append(f"spills: {self.stack} bytes of stack, {moves} moves")
+        return found
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        mix = " ".join(f"{k} {v}" for k, v in self.instructions.items() if v)
+        return (
+            f"sm_{self.arch} {self.family} {self.precision} D={self.width} {self.label}: "
+            f"{self.kernel} {tuple(self.config)} warps {self.warps} stages {self.stages} "
+            f"shared {self.shared} registers {self.registers} {mix} ({self.seconds:.1f} s)"
+            + "".join(f"\n    !! {problem}" for problem in self.problems)
+        )
+
+
+class _Driver:
+    """What Triton asks of a driver before it starts a kernel, where there is no GPU."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+Seen = Callable[[Any, "Any | None", float, str], None]
+
+
+@contextmanager
+def recording(arch: int, seen: Seen) -> Iterator[None]:
+    """Inside, kernels are compiled for ``arch`` and handed to ``seen(function, compiled, seconds,
+    error)`` instead of being started."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        start = time.perf_counter()
+        compiled, error = None, ""
+        try:
+            compiled = run(self, *arguments, grid=grid, warmup=True, **options)
+        except Exception as e:  # whatever a compiler says is what is asked for
+            error = "\n".join(f"{type(e).__name__}: {e}".strip().splitlines()[-6:])
+        seen(self, compiled, time.perf_counter() - start, error)
+
+    before = driver._active
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("fastood.kernels.") and hasattr(module, "processors"):
+                patches.enter_context(
+                    mock.patch.object(module, "processors", lambda device: _PROCESSORS[arch])
+                )
+        driver.set_active(_Driver(arch))
+        try:
+            yield
+        finally:
+            driver._active = before
+
+
+def _module(family: str) -> Any:
+    for name in (family, family.split("_")[0]):
+        if importlib.util.find_spec(f"fastood.kernels.{name}") is not None:
+            return importlib.import_module(f"fastood.kernels.{name}")
+    raise ModuleNotFoundError(f"configs.json names the family {family!r}, which has no module")
+
+
+def units(archs: Iterable[int] = (80, 90), families: Iterable[str] = ()) -> list[Unit]:
+    """Everything to compile, at rows and widths for which the table gives just that entry."""
+    wanted = set(families)
+    table = [e for e in configs.entries() if not wanted or e.family in wanted]
+    by_width = {e.family for e in table if e.width is not None}
+    found = []
+    for e in table:
+        rows = e.rows if e.rows is not None else _ROWS
+        for width in (*_WIDTHS, _WIDEST) if e.family in by_width else _WIDTHS:
+            if configs._entry(e.family, e.precision, rows, width) is e.config:
+                found += [Unit(e, rows, width, arch) for arch in archs]
+    return found
+
+
+def compile_unit(unit: Unit) -> list[Compiled]:
+    """Every kernel that the calls of the unit's family launch."""
+    entry = unit.entry
+    found: dict[str, Compiled] = {}
+    picked: set[Config] = set()
+    label = ""
+
+    def new(**what: Any) -> Compiled:
+        return Compiled(
+            entry.family, entry.precision, entry.config, unit.width, unit.arch, label, **what
+        )
+
+    def seen(function: Any, compiled: Any | None, seconds: float, error: str) -> None:
+        name = function.fn.__name__
+        if compiled is None:
+            found[f"{name} {label}"] = new(kernel=name, seconds=seconds, error=error)
+        elif compiled.hash not in found:
+            meta = compiled.metadata
+            found[compiled.hash] = new(
+                kernel=name,
+                warps=meta.num_warps,
+                stages=meta.num_stages,
+                shared=meta.shared,
+                seconds=seconds,
+                digest=compiled.hash,
+                **_of_binary(compiled.asm["cubin"]),
+            )
+
+    original = configs._entry
+
+    def noted(*key: Any) -> Config:
+        config = original(*key)
+        if key[0] == entry.family:
+            picked.add(config)
+        return config
+
+    try:
+        calls = _module(entry.family).specialisations(entry.precision, unit.rows, unit.width)
+        with recording(unit.arch, seen), mock.patch.object(configs, "_entry", noted):
+            for label, call in calls:  # noqa: B007
+                call()
+        if entry.config not in picked:
+            found["unpicked"] = new(error="no call picks this entry")
+    except Exception as e:
+        found["calls"] = new(error=f"{type(e).__name__}: {e}")
+    return list(found.values())
+
+
+def _of_binary(binary: bytes) -> dict[str, Any]:
+    """Registers, stack and instructions of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        text = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", "-sass", file.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    usage = {name: int(number) for name, number in _RESOURCE.findall(text)}
+    opcodes = Counter(_OPCODE.findall(text))
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"] + usage["LOCAL"],
+        "instructions": {
+            "all": opcodes.total(),
+            **{name: opcodes[name] for name in _OF_INTEREST if opcodes[name]},
+        },
+    }
+
+
+def _tool(name: str) -> str:
+    import triton.backends.nvidia as backend
+
+    path = Path(next(iter(backend.__path__))) / "bin" / name
+    return str(path) if path.exists() else name
+
+
+def compile_all(work: Sequence[Unit], jobs: int = 1) -> Iterator[Compiled]:
+    """The units' kernels, each once."""
+    digests = set()
+    with ExitStack() as stack:
+        if jobs > 1:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=context))
+            results: Iterable[list[Compiled]] = pool.map(compile_unit, work)
+        else:
+            results = map(compile_unit, work)
+        for result in results:
+            for compiled in result:
+                if not compiled.digest or compiled.digest not in digests:
+                    digests.add(compiled.digest)
+                    yield compiled
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. 1 if a kernel does not compile, does not fit or spills."""
+    parser = argparse.ArgumentParser(prog="python -m fastood.kernels.aot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED))
+    parser.add_argument("--family", action="append", default=[])
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    if launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET=1 turns kernels into NumPy: unset it")
+    found = []
+    for compiled in compile_all(units(options.arch or (80, 90), options.family), options.jobs):
+        print(compiled.line, flush=True)
+        found.append(compiled)
+    failed = sum(bool(compiled.problems) for compiled in found)
+    print(f"{len(found)} kernels, {failed} with problems")
+    if options.json:
+        text = json.dumps([{**asdict(c), "problems": c.problems} for c in found], indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    return 1 if failed or not found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
