@@ -43,6 +43,8 @@ class Config(NamedTuple):
     stages: int
     splits: int = 0
     """Programs that share the classes of a row; 0: as many as fill the GPU."""
+    resident: int = 1
+    """Programs meant to share a processor: one multiplies while another reduces."""
 
     @property
     def options(self) -> dict[str, int]:
@@ -99,4 +101,4 @@ def splits_for(config: Config, rows: int, columns: int, device: torch.device) ->
     if config.splits:
         return max(1, min(config.splits, tiles))
     blocks = -(-rows // config.rows)
-    return max(1, min(processors(device) // blocks, tiles)) if blocks else 1
+    return max(1, min(config.resident * processors(device) // blocks, tiles)) if blocks else 1
