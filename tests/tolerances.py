@@ -24,3 +24,7 @@ PATCH_GRADIENT_RTOL = 5e-4
 # lanes, up to 128 numbers each at SSE width. Worst seen: 9e-7 (2,000 classes of 4 values);
 # CLIP-like: 2e-7.
 SCORE_BESIDE_EAGER_RTOL = 1e-6
+
+# Rows a Triton kernel divides by their norms against float64, besides the rounding to the operand's
+# type: a float32 sum of squares, a root, a quotient and a product. Worst seen: see below.
+TRITON_NORM_RTOL = 5e-7

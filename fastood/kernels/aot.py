@@ -1,6 +1,7 @@
 """Compiles every committed configuration without a GPU, and says what each needs of one.
 
-    python -m fastood.kernels.aot [--arch 80] [--arch 90] [--family rows] [--jobs 2] [--json FILE]
+    python -m fastood.kernels.aot [--arch 80] [--arch 90] [--family rows] [--precision fp16]
+        [--jobs 2] [--json FILE]
 
 Signatures are not written down a second time. Each family's own launchers are called with tensors
 of the CPU while a stand-in for the driver names the GPU: arguments go through Triton's own binder,
@@ -30,22 +31,28 @@ import argparse
 import importlib
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
+
+import torch
+from torch import Tensor
 
 from fastood.kernels import configs, launch
 from fastood.kernels.configs import Config, Entry
+from fastood.kernels.operands import Operand, prepare
+from fastood.kernels.precision import Precision
 
 __all__ = ["SHARED", "Compiled", "Unit", "compile_all", "compile_unit", "recording", "units"]
 
@@ -59,6 +66,12 @@ _ROWS = 8192  # when an entry is for any number
 _OF_INTEREST = ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDL", "STL")
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 _RESOURCE = re.compile(r"(REG|STACK|LOCAL):(\d+)")
+
+
+_IMAGES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+Call = tuple[str, Callable[[], object]]
+Specialisations = Callable[[Precision, int, int], Iterable[Call]]
 
 
 class Unit(NamedTuple):
@@ -91,7 +104,7 @@ class Compiled:
     instructions: dict[str, int] = field(default_factory=dict)
     """How many there are, all and those of interest; LDL and STL read and write the stack."""
     seconds: float = 0.0
-    """Almost nothing if Triton's cache has it."""
+    """Of processors, not of the clock; almost nothing if Triton's cache has it."""
     digest: str = ""
     error: str = ""
 
@@ -149,15 +162,15 @@ def recording(arch: int, seen: Seen) -> Iterator[None]:
     run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        start = time.perf_counter()
+        start = _spent()
         compiled, error = None, ""
         try:
             compiled = run(self, *arguments, grid=grid, warmup=True, **options)
         except Exception as e:  # whatever a compiler says is what is asked for
             error = "\n".join(f"{type(e).__name__}: {e}".strip().splitlines()[-6:])
-        seen(self, compiled, time.perf_counter() - start, error)
+        seen(self, compiled, _spent() - start, error)
 
-    before = driver._active
+    before = dict(vars(driver))
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         for name, module in list(sys.modules.items()):
@@ -169,20 +182,75 @@ def recording(arch: int, seen: Seen) -> Iterator[None]:
         try:
             yield
         finally:
-            driver._active = before
+            vars(driver).update(before)
 
 
-def _module(family: str) -> Any:
+def _global_scores(precision: Precision, rows: int, width: int) -> Iterator[Call]:
+    """As ``specialisations`` of ``fastood.kernels.rows``."""
+    from fastood.kernels import rows as family
+    from fastood.ops.requests import Kind, Request
+
+    text = family_text(precision, 1000, width)
+    own = torch.empty(rows, width, dtype=_IMAGES.get(precision, torch.float32))
+
+    def delta(image: Tensor, c: int, taus: Sequence[float] = (0.01,), **options: Any) -> Call:
+        requests = tuple(Request(Kind.DELTA_ENERGY, tau, c) for tau in taus)
+        options = {"normalize": True, **options}
+        label = f"{image.dtype} c={c} taus={len(taus)}".replace("torch.", "")
+        return label, partial(family.scores, requests, image, text, **options)
+
+    yield from (delta(own, c) for c in (1, 2, 4, 8))
+    yield delta(own, 1, (0.01, 0.1, 1.0, 2.0))
+    if own.dtype != torch.float32:  # asked for with float32 features
+        yield from (delta(own.float(), c) for c in (1, 8))
+    statistics = partial(family.statistics, own, text, taus=(0.01,), normalize=True)
+    yield "statistics", partial(statistics, c=2, moments=False)
+    yield "moments", partial(statistics, c=1, moments=True)
+
+
+def _given_scores(precision: Precision, rows: int, width: int) -> Iterator[Call]:
+    """The same of similarities: ``width`` classes."""
+    from fastood.kernels import rows as family
+    from fastood.ops.requests import Kind, Request
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for c in (1, 8):
+            requests = (Request(Kind.DELTA_ENERGY, 0.01, c), Request(Kind.NEG_ENTROPY, 1.0))
+            similarity = torch.empty(rows, width, dtype=dtype)
+            label = f"{dtype} c={c}".removeprefix("torch.")
+            yield label, partial(family.similarity_scores, requests, similarity)
+
+
+def family_text(precision: Precision, classes: int, width: int) -> Operand:
+    """Classes as ``prepare`` returns them."""
+    return prepare(torch.empty(classes, width), precision, normalize=True)
+
+
+_CALLS: dict[str, Specialisations] = {"rows": _global_scores, "given": _given_scores}
+
+
+def _specialisations(family: str) -> Specialisations:
+    if family in _CALLS:
+        return _CALLS[family]
     for name in (family, family.split("_")[0]):
         if importlib.util.find_spec(f"fastood.kernels.{name}") is not None:
-            return importlib.import_module(f"fastood.kernels.{name}")
+            module = importlib.import_module(f"fastood.kernels.{name}")
+            calls: Specialisations = module.specialisations
+            return calls
     raise ModuleNotFoundError(f"configs.json names the family {family!r}, which has no module")
 
 
-def units(archs: Iterable[int] = (80, 90), families: Iterable[str] = ()) -> list[Unit]:
+def units(
+    archs: Iterable[int] = (80, 90), families: Iterable[str] = (), precisions: Iterable[str] = ()
+) -> list[Unit]:
     """Everything to compile, at rows and widths for which the table gives just that entry."""
-    wanted = set(families)
-    table = [e for e in configs.entries() if not wanted or e.family in wanted]
+    of_families, of_precisions = set(families), set(precisions)
+    table = [
+        e
+        for e in configs.entries()
+        if (not of_families or e.family in of_families)
+        and (not of_precisions or e.precision in of_precisions)
+    ]
     by_width = {e.family for e in table if e.width is not None}
     found = []
     for e in table:
@@ -196,6 +264,7 @@ def units(archs: Iterable[int] = (80, 90), families: Iterable[str] = ()) -> list
 def compile_unit(unit: Unit) -> list[Compiled]:
     """Every kernel that the calls of the unit's family launch."""
     entry = unit.entry
+    precision = cast(Precision, entry.precision)
     found: dict[str, Compiled] = {}
     picked: set[Config] = set()
     label = ""
@@ -230,7 +299,7 @@ def compile_unit(unit: Unit) -> list[Compiled]:
         return config
 
     try:
-        calls = _module(entry.family).specialisations(entry.precision, unit.rows, unit.width)
+        calls = _specialisations(entry.family)(precision, unit.rows, unit.width)
         with recording(unit.arch, seen), mock.patch.object(configs, "_entry", noted):
             for label, call in calls:  # noqa: B007
                 call()
@@ -239,6 +308,11 @@ def compile_unit(unit: Unit) -> list[Compiled]:
     except Exception as e:
         found["calls"] = new(error=f"{type(e).__name__}: {e}")
     return list(found.values())
+
+
+def _spent() -> float:
+    """Seconds of processors that this process and what it started have taken."""
+    return sum(os.times()[:4])
 
 
 def _of_binary(binary: bytes) -> dict[str, Any]:
@@ -294,13 +368,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED))
     parser.add_argument("--family", action="append", default=[])
+    parser.add_argument("--precision", action="append", default=[])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if launch.INTERPRETED:
         parser.error("TRITON_INTERPRET=1 turns kernels into NumPy: unset it")
     found = []
-    for compiled in compile_all(units(options.arch or (80, 90), options.family), options.jobs):
+    work = units(options.arch or (80, 90), options.family, options.precision)
+    for compiled in compile_all(work, options.jobs):
         print(compiled.line, flush=True)
         found.append(compiled)
     failed = sum(bool(compiled.problems) for compiled in found)
