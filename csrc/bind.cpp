@@ -81,7 +81,7 @@ TORCH_LIBRARY_IMPL(fastood, CPU, m) {
     m.impl("grouped", &fastood::grouped);
     m.impl("grouped_backward", &fastood::grouped_backward);
     m.impl("patch_entropy", &fastood::patch_entropy);
-    m.impl("ebm_loss", &fastood::ebm_loss);
+    m.impl("ebm_loss", &fastood::ebm_loss_operator);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

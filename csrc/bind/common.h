@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "../cpu/kernels.h"
@@ -21,6 +22,12 @@ using OptionalTensor = std::optional<Tensor>;
 // The kernels in use: the widest this machine has, or what was chosen with `choose`.
 const Kernels& kernels();
 Pool pool();
+
+// The argument is for GPUs: products are float32 here.
+inline void check_precision(std::string_view precision) {
+    TORCH_CHECK_VALUE(precision.empty() || precision == "fp32", "precision: '", precision,
+                      "' is for the kernels of a GPU; the CPU computes in float32");
+}
 
 inline Type type_of(const char* name, const Tensor& x) {
     switch (x.scalar_type()) {

@@ -82,4 +82,14 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> ebm_loss(
     return {out.select(0, 0).clone(), out.narrow(0, 1, 2).clone(), d_image, d_text};
 }
 
+// The same as an operator.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> ebm_loss_operator(
+    const Tensor& image, const Tensor& text, const Tensor& labels, double tau, double weight,
+    int64_t kept, bool by_label, bool edit_all, bool ce_original, bool renorm, bool normalize_image,
+    bool normalize_text, bool wants_image, bool wants_text, std::string_view precision) {
+    check_precision(precision);
+    return ebm_loss(image, text, labels, tau, weight, kept, by_label, edit_all, ce_original, renorm,
+                    normalize_image, normalize_text, wants_image, wants_text);
+}
+
 }  // namespace fastood

@@ -63,7 +63,8 @@ inline Tensor grouped_scores(const Tensor& image, const Tensor& panels, const Te
 inline std::tuple<Tensor, Tensor> grouped(const Tensor& image, const Tensor& text,
                                           const Tensor& negatives, const OptionalTensor& panels,
                                           const OptionalTensor& negative_panels, int64_t full,
-                                          double tau) {
+                                          double tau, std::string_view precision) {
+    check_precision(precision);
     const Tensor flat = negatives.flatten(0, 1);
     Tensor lse;
     const Tensor scores = run_grouped(

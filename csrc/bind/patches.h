@@ -9,7 +9,8 @@ namespace fastood {
 // value, rank (B, P), d_text (K, D), d_local (B, P, D): see ops/patches.py
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> patch_entropy(
     const Tensor& local_, const Tensor& text_, const Tensor& labels_, int64_t top_k, double tau,
-    bool normalize, bool text_gradient, bool local_gradient) {
+    bool normalize, bool text_gradient, bool local_gradient, std::string_view precision) {
+    check_precision(precision);
     const Tensor local = local_.stride(-1) == 1 || local_.size(-1) <= 1 ? local_
                                                                         : local_.contiguous();
     TORCH_CHECK_VALUE(local.dim() == 3, "local: expected shape (B, P, D), got ", local.sizes());

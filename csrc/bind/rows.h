@@ -190,9 +190,10 @@ inline FiveTensors tuple_of(const Statistics& s) {
 
 inline FiveTensors row_statistics(const Tensor& image, const Tensor& text,
                                   const OptionalTensor& panels, at::ArrayRef<double> taus,
-                                  int64_t c, bool moments) {
+                                  int64_t c, bool moments, std::string_view precision) {
+    check_precision(precision);
     Statistics s;
-    run_rows({taus.vec(), {}, c, moments}, image, 
+    run_rows({taus.vec(), {}, c, moments}, image,
              panels.has_value() ? *panels : pack_text(text, false, "text"), {},
              text.size(0), false, nullptr, &s);
     return tuple_of(s);

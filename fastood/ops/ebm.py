@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fastood import reference
+from fastood.kernels.precision import Precision, resolve
 from fastood.ops import loader
+from fastood.ops.gpu import attempt, kernels, within
 from fastood.ops.library import define
 
 __all__ = ["EbmLoss", "energy_bound"]
@@ -45,6 +47,8 @@ def energy_bound(
     renorm: bool = False,
     normalize_image: bool = True,
     normalize_text: bool = True,
+    on_gpu: bool = False,
+    precision: str = "",
 ) -> EbmLoss:
     """The loss of ``image (B, D)`` against classes ``text (K, D)``, labels int64 in 0..K-1.
 
@@ -55,14 +59,33 @@ def energy_bound(
         ce_original: the cross-entropy sees the original logits.
         renorm: masked features are scaled back to unit norm.
         normalize_image, normalize_text: divide rows by their norms; gradients go through it.
+        on_gpu: by the Triton kernels, in ``precision`` as for ``row_statistics``. They check no
+            rows, and labels outside 0..K-1 make the loss NaN.
     Raises:
         ValueError: NaN, Inf or zero rows; labels outside 0..K-1.
+        KernelError: if the Triton kernel does not compile.
     """
+    if on_gpu and not torch.compiler.is_compiling():
+        found: EbmLoss = kernels.ebm.loss(
+            image,
+            text,
+            labels,
+            tau=tau,
+            weight=weight,
+            kept=kept,
+            by_label=by_label,
+            edit_all=edit_all,
+            ce_original=ce_original,
+            renorm=renorm,
+            normalize_image=normalize_image,
+            normalize_text=normalize_text,
+            precision=resolve(precision or None, image, text),
+        )
+        return found
     graph = torch.is_grad_enabled()
     wants_image, wants_text = graph and image.requires_grad, graph and text.requires_grad
     eager = not (wants_image or wants_text or torch.compiler.is_compiling())
-    call = loader.cpu().ebm_loss if eager and image.is_cpu else torch.ops.fastood.ebm_loss
-    loss, diagnostics, _, _ = call(
+    arguments = (
         image,
         text,
         labels,
@@ -78,6 +101,10 @@ def energy_bound(
         wants_image,
         wants_text,
     )
+    if eager and image.is_cpu:
+        loss, diagnostics, _, _ = loader.cpu().ebm_loss(*arguments)
+    else:
+        loss, diagnostics, _, _ = torch.ops.fastood.ebm_loss(*arguments, precision)
     return EbmLoss(loss, diagnostics)
 
 
@@ -119,7 +146,13 @@ def _default(
     normalize_text: bool,
     wants_image: bool,
     wants_text: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    precision: str = "",
+) -> tuple[Tensor, ...]:
+    del precision
+    if not labels.is_cpu:
+        labels, valid = within(labels, text.shape[0])
+    else:
+        valid = None
     dtype = _working(image, text)
     images, classes = _unit(image.to(dtype), normalize_image), _unit(text.to(dtype), normalize_text)
     t, b, k = classes.rows, image.shape[0], text.shape[0]
@@ -165,12 +198,25 @@ def _default(
             parts.append(g @ t + u * mask)
     values = (totals / b).to(dtype)
     none = t.new_empty(0)
-    return (
+    found = (
         values[0].clone(),
         values[1:].clone(),
         images.back(torch.cat(parts)) if wants_image else none,
         classes.back(d_text) if wants_text else none.clone(),
     )
+    return found if valid is None else tuple(x * valid.to(dtype) for x in found)
+
+
+def _gpu(image: Tensor, text: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    settings, precision = options[:11], options[11] if len(options) > 11 else ""
+
+    def kernel(meant: Precision) -> tuple[Tensor, ...]:
+        return tuple(kernels.ebm.op(image, text, labels, *settings, meant))
+
+    def default() -> tuple[Tensor, ...]:
+        return _default(image, text, labels, *settings)
+
+    return attempt(kernel, default, image, text, precision=precision)
 
 
 def _working(image: Tensor, text: Tensor) -> torch.dtype:
@@ -181,7 +227,7 @@ def _fake(
     image: Tensor, text: Tensor, labels: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     del labels
-    wants_image, wants_text = options[-2:]
+    wants_image, wants_text = options[9:11]
     dtype = _working(image, text)
     return (
         image.new_empty((), dtype=dtype),
@@ -212,15 +258,17 @@ def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
             ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True
         )
     ]
-    return (*gradients, *(None,) * 12)
+    return (*gradients, *(None,) * 13)
 
 
 define(
     "ebm_loss(Tensor image, Tensor text, Tensor labels, float tau, float weight, int kept, "
     "bool by_label, bool edit_all, bool ce_original, bool renorm, bool normalize_image, "
-    "bool normalize_text, bool wants_image, bool wants_text) -> (Tensor, Tensor, Tensor, Tensor)",
+    'bool normalize_text, bool wants_image, bool wants_text, str precision="") '
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     default=_default,
     fake=_fake,
     backward=_backward,
     setup_context=_save,
+    gpu=_gpu,
 )

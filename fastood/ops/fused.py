@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastood.ops import loader
 from fastood.ops.epilogue import score_of
-from fastood.ops.requests import Needs, Request, needs
+from fastood.ops.requests import Needs, Request, needs, passes
 from fastood.ops.rows import RowStatistics, row_statistics, similarity_statistics
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "unit_rows",
 ]
 
-_MAX_TAUS = 16  # of one pass, as in csrc/cpu/kernels.h
 _HELD = 4  # top values a pass holds at least, as in csrc/bind/rows.h
 
 
@@ -75,26 +74,6 @@ def score_panels(text: Tensor, *, normalize: bool, name: str = "text") -> Tensor
     return pack(text.detach(), normalize, name)
 
 
-def _passes(requests: tuple[Request, ...], held: int) -> list[list[int]]:
-    """Numbers of the requests that share a pass over the classes: up to 16 temperatures, and as
-    many top values if more than ``held``.
-
-    How many values are held decides how the others are summed, and so the last digit of a score;
-    it must not depend on what else is asked.
-    """
-    passes: list[list[int]] = []
-    current: dict[int, list[int]] = {}
-    for i, request in enumerate(requests):
-        count = max(request.c, held)
-        together = current.get(count)
-        taus = {requests[j].tau for j in together or ()} | {request.tau}
-        if together is None or len(taus) > _MAX_TAUS:
-            together = current[count] = []
-            passes.append(together)
-        together.append(i)
-    return passes
-
-
 class _Pass(NamedTuple):
     plan: Any
     of: list[int]
@@ -104,7 +83,7 @@ class _Pass(NamedTuple):
 @lru_cache(maxsize=256)
 def _planned(requests: tuple[Request, ...], module: Any) -> list[_Pass]:
     planned = []
-    for of in _passes(requests, _HELD):
+    for of in passes(requests, _HELD):
         part = tuple(requests[i] for i in of)
         wanted = needs(part)
         asked = [(int(r.kind), wanted.taus.index(r.tau), r.c, r.reset, r.flag) for r in part]
@@ -159,14 +138,20 @@ def _call(requests: tuple[Request, ...], *arguments: Any) -> tuple[Tensor, Tenso
 
 
 def feature_graph(
-    requests: tuple[Request, ...], image: Tensor, text: Tensor, panels: Tensor | None = None
+    requests: tuple[Request, ...],
+    image: Tensor,
+    text: Tensor,
+    panels: Tensor | None = None,
+    precision: str = "",
 ) -> tuple[Tensor, Tensor]:
     """(R, B) differentiable scores of ``image (B, D)`` and ``text (K, D)`` as they are multiplied,
     and (B,) nearest classes."""
 
     def statistics(wanted: Needs) -> RowStatistics:
         taus, c, moments = wanted
-        return row_statistics(image, text, taus=taus, c=c, moments=moments, panels=panels)
+        return row_statistics(
+            image, text, taus=taus, c=c, moments=moments, panels=panels, precision=precision
+        )
 
     return _graph(requests, statistics, text.shape[0])
 
@@ -186,7 +171,7 @@ def _graph(
 ) -> tuple[Tensor, Tensor]:
     values: dict[int, Tensor] = {}
     classes: list[Tensor] = []
-    for of in _passes(requests, k):
+    for of in passes(requests, k):
         wanted = needs(tuple(requests[i] for i in of))
         found = statistics(wanted)
         classes.append(found.classes[:, 0])

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fastood import reference
+from fastood.kernels.precision import Precision
 from fastood.ops import loader
+from fastood.ops.gpu import attempt, kernels
 from fastood.ops.library import define
 
 __all__ = ["grouped_graph", "grouped_scores"]
@@ -53,10 +55,11 @@ def grouped_graph(
     tau: float,
     panels: Tensor | None = None,
     negative_panels: Tensor | None = None,
+    precision: str = "",
 ) -> Tensor:
     """(B,) differentiable scores of unit rows: ``(B, D)``, ``(K, D)`` and ``(G, m, D)``."""
     scores, _ = torch.ops.fastood.grouped(
-        image, text, negatives, panels, negative_panels, full, tau
+        image, text, negatives, panels, negative_panels, full, tau, precision
     )
     return scores
 
@@ -93,8 +96,9 @@ def _grouped(
     negative_panels: Tensor | None,
     full: int,
     tau: float,
-) -> tuple[Tensor, Tensor]:
-    del panels, negative_panels
+    precision: str = "",
+) -> tuple[Tensor, ...]:
+    del panels, negative_panels, precision
     dtype = _working_dtype(image)
     scores, sums = [], []
     for i in range(0, max(1, len(image)), _ROWS):
@@ -149,6 +153,26 @@ def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _gpu(
+    image: Tensor,
+    text: Tensor,
+    negatives: Tensor,
+    panels: Tensor | None,
+    negative_panels: Tensor | None,
+    full: int,
+    tau: float,
+    precision: str = "",
+) -> tuple[Tensor, ...]:
+    def default() -> tuple[Tensor, ...]:
+        return _grouped(image, text, negatives, panels, negative_panels, full, tau)
+
+    def kernel(meant: Precision) -> tuple[Tensor, ...]:
+        columns = kernels.grouped.columns(text, negatives, full, meant)
+        return tuple(kernels.grouped.sums(image, columns, tau=tau, normalize=False))
+
+    return attempt(kernel, default, image, text, negatives, precision=precision)
+
+
 # ------------------------------------------------------------------------------ shapes
 
 
@@ -176,7 +200,7 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, full, tau = inputs
+    *tensors, full, tau, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
     ctx.full, ctx.tau = full, tau
@@ -195,16 +219,17 @@ def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     found = (
         g.to(x.dtype) if w else None for g, x, w in zip(gradients, inputs, wanted, strict=True)
     )
-    return (*found, None, None, None, None)
+    return (*found, *(None,) * 5)
 
 
 define(
     "grouped(Tensor image, Tensor text, Tensor negatives, Tensor? panels, "
-    "Tensor? negative_panels, int full, float tau) -> (Tensor, Tensor)",
+    'Tensor? negative_panels, int full, float tau, str precision="") -> (Tensor, Tensor)',
     default=_grouped,
     fake=_fake,
     backward=_backward,
     setup_context=_save,
+    gpu=_gpu,
 )
 define(
     "grouped_backward(Tensor upstream, Tensor image, Tensor text, Tensor negatives, "

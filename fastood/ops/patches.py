@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastood.kernels.precision import Precision
+from fastood.ops.gpu import attempt, kernels
 from fastood.ops.library import define
 
 __all__ = ["PatchTerm", "patch_entropy"]
@@ -34,6 +36,7 @@ def patch_entropy(
     top_k: int,
     tau: float,
     normalize: bool = False,
+    precision: str = "",
 ) -> PatchTerm:
     """The mean entropy term of ``local (B, P, D)`` over the patches of rank >= ``top_k``.
 
@@ -43,6 +46,7 @@ def patch_entropy(
 
     Args:
         normalize: divide the patches by their norms. Not for patches that want a gradient.
+        precision: of the product on a GPU, as for ``row_statistics``.
     Raises:
         ValueError: NaN, Inf or zero rows in ``local``; labels outside 0..K-1.
     """
@@ -56,6 +60,7 @@ def patch_entropy(
         normalize,
         graph and text.requires_grad,
         graph and local.requires_grad,
+        precision,
     )
     return PatchTerm(value, rank)
 
@@ -72,7 +77,9 @@ def _patch_entropy(
     normalize: bool,
     text_gradient: bool,
     local_gradient: bool,
+    precision: str = "",
 ) -> tuple[Tensor, ...]:
+    del precision
     b, patches, d = local.shape
     dtype = _working_dtype(local)
     t = text.to(dtype)
@@ -109,6 +116,25 @@ def _patch_entropy(
     )
 
 
+def _gpu(
+    local: Tensor,
+    text: Tensor,
+    labels: Tensor,
+    top_k: int,
+    tau: float,
+    normalize: bool,
+    text_gradient: bool,
+    local_gradient: bool,
+    precision: str = "",
+) -> tuple[Tensor, ...]:
+    arguments = (local, text, labels, top_k, tau, normalize, text_gradient, local_gradient)
+
+    def kernel(meant: Precision) -> tuple[Tensor, ...]:
+        return tuple(kernels.patches.patch_entropy(*arguments, meant))
+
+    return attempt(kernel, lambda: _patch_entropy(*arguments), local, text, precision=precision)
+
+
 def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -122,8 +148,9 @@ def _fake(
     normalize: bool,
     text_gradient: bool,
     local_gradient: bool,
+    precision: str = "",
 ) -> tuple[Tensor, ...]:
-    del labels, top_k, tau, normalize
+    del labels, top_k, tau, normalize, precision
     dtype = _working_dtype(local)
     return (
         local.new_empty((), dtype=dtype),
@@ -152,16 +179,17 @@ def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return (
         (upstream * d_local).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None,
         (upstream * d_text).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None,
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 
 define(
     "patch_entropy(Tensor local, Tensor text, Tensor labels, int top_k, float tau, "
-    "bool normalize, bool text_gradient, bool local_gradient) "
+    'bool normalize, bool text_gradient, bool local_gradient, str precision="") '
     "-> (Tensor, Tensor, Tensor, Tensor)",
     default=_patch_entropy,
     fake=_fake,
     backward=_backward,
     setup_context=_save,
+    gpu=_gpu,
 )

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from fastood import reference
 
-__all__ = ["Kind", "Needs", "Request", "needs", "reference_score"]
+__all__ = ["MAX_TAUS", "Kind", "Needs", "Request", "needs", "passes", "reference_score"]
+
+MAX_TAUS = 16
+"""Temperatures of one pass, as in ``csrc/cpu/kernels.h``."""
 
 
 class Kind(IntEnum):
@@ -57,6 +60,26 @@ def needs(requests: tuple[Request, ...]) -> Needs:
         ),  # lists: torch.compile before 2.12 trips over generators
         any([r.kind in (Kind.NEG_ENTROPY, Kind.VARIANCE) for r in requests]),  # noqa: C419
     )
+
+
+def passes(requests: tuple[Request, ...], held: int) -> list[list[int]]:
+    """Numbers of the requests that share a pass over the classes: up to 16 temperatures, and as
+    many top values if more than ``held``.
+
+    How many values are held decides how the others are summed, and so the last digit of a score;
+    it must not depend on what else is asked.
+    """
+    found: list[list[int]] = []
+    current: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        count = max(request.c, held)
+        together = current.get(count)
+        taus = {requests[j].tau for j in together or ()} | {request.tau}
+        if together is None or len(taus) > MAX_TAUS:
+            together = current[count] = []
+            found.append(together)
+        together.append(i)
+    return found
 
 
 def reference_score(request: Request, s: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fastood import reference
+from fastood.kernels.precision import Precision
+from fastood.ops.gpu import MOST_TOPS, attempt, kernels
 from fastood.ops.library import define
 
 __all__ = ["RowStatistics", "row_statistics", "similarity_statistics", "statistics_of"]
@@ -44,6 +46,7 @@ def row_statistics(
     c: int = 1,
     moments: bool = False,
     panels: Tensor | None = None,
+    precision: str = "",
 ) -> RowStatistics:
     """One pass over image @ text.T, (B, D) by (K, D), without keeping it.
 
@@ -53,9 +56,11 @@ def row_statistics(
         c: largest values kept, 1 <= c <= K.
         moments: also neg_entropy and variance.
         panels: the packed ``text`` of a prepared bank.
+        precision: of the product on a GPU. ``""``: what suits the features, and plain torch if the
+            kernel does not compile; a name: that or a ``KernelError``.
     """
     return RowStatistics(
-        *torch.ops.fastood.row_statistics(image, text, panels, list(taus), c, moments)
+        *torch.ops.fastood.row_statistics(image, text, panels, list(taus), c, moments, precision)
     )
 
 
@@ -98,9 +103,15 @@ def statistics_of(s: Tensor, taus: Sequence[float], c: int, moments: bool) -> tu
 
 
 def _row_statistics(
-    image: Tensor, text: Tensor, panels: Tensor | None, taus: list[float], c: int, moments: bool
+    image: Tensor,
+    text: Tensor,
+    panels: Tensor | None,
+    taus: list[float],
+    c: int,
+    moments: bool,
+    precision: str = "",
 ) -> tuple[Tensor, ...]:
-    del panels
+    del panels, precision
     parts = [
         statistics_of(z @ text.to(z.dtype).mT, taus, c, moments)
         for z in (_working(image[i : i + _ROWS]) for i in range(0, max(1, len(image)), _ROWS))
@@ -178,6 +189,44 @@ def _similarity_statistics_backward(
     return _gradient_rows(_working(similarity), taus, best, shift, coefficients, index, tops)
 
 
+# ------------------------------------------------------------------------------ GPU
+
+
+def _gpu_row(
+    image: Tensor,
+    text: Tensor,
+    panels: Tensor | None,
+    taus: list[float],
+    c: int,
+    moments: bool,
+    precision: str = "",
+) -> tuple[Tensor, ...]:
+    def default() -> tuple[Tensor, ...]:
+        return _row_statistics(image, text, panels, taus, c, moments)
+
+    def kernel(meant: Precision) -> tuple[Tensor, ...]:
+        classes = kernels.operands.prepare(text, meant, normalize=False)
+        found = kernels.rows.statistics(image, classes, taus=taus, c=c, moments=moments)
+        return tuple(found)
+
+    if c > MOST_TOPS:
+        return default()
+    return attempt(kernel, default, image, text, precision=precision)
+
+
+def _gpu_similarity(
+    similarity: Tensor, taus: list[float], c: int, moments: bool
+) -> tuple[Tensor, ...]:
+    def default() -> tuple[Tensor, ...]:
+        return statistics_of(similarity, taus, c, moments)
+
+    def kernel(meant: Precision) -> tuple[Tensor, ...]:
+        found = kernels.rows.similarity_statistics(similarity, taus=taus, c=c, moments=moments)
+        return tuple(found)
+
+    return default() if c > MOST_TOPS else attempt(kernel, default, similarity)
+
+
 # ------------------------------------------------------------------------------ shapes
 
 
@@ -196,9 +245,15 @@ def _fake_outputs(
 
 
 def _fake_row(
-    image: Tensor, text: Tensor, panels: Any, taus: list[float], c: int, moments: bool
+    image: Tensor,
+    text: Tensor,
+    panels: Any,
+    taus: list[float],
+    c: int,
+    moments: bool,
+    precision: str = "",
 ) -> tuple[Tensor, ...]:
-    del text, panels
+    del text, panels, precision
     return _fake_outputs(image.shape[0], image, taus, c, moments)
 
 
@@ -299,7 +354,7 @@ def _refuse_second_derivatives() -> None:
 
 
 def _save_row(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, panels, taus, _, _ = inputs
+    image, text, panels, taus, *_ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(image, text, panels, *output)
     ctx.taus = taus
@@ -326,10 +381,7 @@ def _backward_row(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ..
     return (
         d_image.to(image.dtype) if ctx.needs_input_grad[0] else None,
         d_text.to(text.dtype) if ctx.needs_input_grad[1] else None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 5,
     )
 
 
@@ -357,12 +409,13 @@ _GRADIENT = (
 )
 
 define(
-    f"row_statistics(Tensor image, Tensor text, Tensor? panels, float[] taus, int c, bool moments)"
-    f" -> {_OUTPUTS}",
+    "row_statistics(Tensor image, Tensor text, Tensor? panels, float[] taus, int c, bool moments, "
+    f'str precision="") -> {_OUTPUTS}',
     default=_row_statistics,
     fake=_fake_row,
     backward=_backward_row,
     setup_context=_save_row,
+    gpu=_gpu_row,
 )
 define(
     f"similarity_statistics(Tensor similarity, float[] taus, int c, bool moments) -> {_OUTPUTS}",
@@ -370,6 +423,7 @@ define(
     fake=_fake_similarity,
     backward=_backward_similarity,
     setup_context=_save_similarity,
+    gpu=_gpu_similarity,
 )
 define(
     f"row_statistics_backward(Tensor image, Tensor text, Tensor? panels, {_GRADIENT},"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from fastood.errors import KernelError
+from fastood.kernels.precision import Precision, check_precision
 from fastood.ops import fused
-from fastood.ops.dispatch import choose
+from fastood.ops.dispatch import choose, fall_back
+from fastood.ops.gpu import kept, kernels
 from fastood.scores.inputs import (
     check_count,
     check_features,
@@ -20,6 +23,10 @@ from fastood.scores.inputs import (
     unit_rows,
     working,
 )
+
+if TYPE_CHECKING:
+    from fastood.kernels.grouped import Columns
+    from fastood.kernels.operands import Operand
 
 __all__ = ["ClassBank", "Head", "Similarities"]
 
@@ -65,7 +72,8 @@ class ClassBank:
         remainder: ``"drop"`` leaves out the M mod G last negatives, as the authors' code does;
             ``"spread"`` gives the first M mod G groups one more.
         normalize: False if the rows, and the features to come, already have unit norm.
-        impl: who normalises, as for the scores: ``"reference"`` or ``"cpu"`` force one.
+        impl: who normalises, as for the scores: ``"reference"``, ``"cpu"`` or ``"triton"`` force
+            one.
 
     Attributes:
         text: (K, D), unit rows, float32 (float64 if given so); a copy of what was given.
@@ -99,6 +107,7 @@ class ClassBank:
         self._split: Tensor | None = None
         self._negative_panels: Tensor | None = None
         self._negative_split: Tensor | None = None
+        self._kept: dict[str, Any] = {}
         self.negatives: Tensor | None = None
         self.permutation: Tensor | None = None
         self._padding: Tensor | None = None
@@ -158,9 +167,41 @@ class ClassBank:
         return self._negative_panels
 
     def _negative_rows(self) -> Tensor:
+        return self._grouped_negatives().flatten(0, 1)
+
+    def _grouped_negatives(self) -> Tensor:
         if self.negatives is None:
             raise ValueError("negatives: this ClassBank holds none; build it with negatives=...")
-        return self.negatives.flatten(0, 1)
+        return self.negatives
+
+    def operand(self, precision: Precision) -> Operand:
+        """The classes as the GPU kernels multiply them, made at first use for each precision.
+
+        Raises:
+            ValueError: on an unknown precision.
+            KernelError: if the kernel that casts them does not compile.
+        """
+        check_precision(precision)
+
+        def make() -> Operand:
+            made: Operand = kernels.operands.prepare(self.text, precision, normalize=False)
+            return made
+
+        found: Operand = kept(self._kept, f"classes, {precision}", self.device, make)
+        return found
+
+    def columns(self, precision: Precision) -> Columns:
+        """Classes and negatives likewise, for NegLabel."""
+        check_precision(precision)
+
+        def make() -> Columns:
+            made: Columns = kernels.grouped.columns(
+                self.text, self._grouped_negatives(), self.full_groups, precision
+            )
+            return made
+
+        found: Columns = kept(self._kept, f"columns, {precision}", self.device, make)
+        return found
 
     @property
     def packed_negatives(self) -> Tensor | None:
@@ -174,7 +215,7 @@ class ClassBank:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is packed: that is larger, and of this machine and version."""
-        return self.__dict__ | dict.fromkeys(_PACKED)
+        return self.__dict__ | dict.fromkeys(_PACKED) | {"_kept": {}}
 
     def to(self, *args: Any, **kwargs: Any) -> ClassBank:
         """A bank on another device or in another float dtype; the permutation stays."""
@@ -225,9 +266,18 @@ def _prepare(name: str, x: Tensor, normalize: bool, impl: str | None) -> Tensor:
     x = check_tensor(name, x, (2,), "(K, D)" if name == "text" else "(M, D)")
     if x.shape[0] == 0:
         raise ValueError(f"{name}: expected at least one row, got {tuple(x.shape)}")
-    if normalize and not fused.differentiable(x) and choose(impl, x) == "cpu":
+    if normalize and not fused.differentiable(x):
         # in the kernels' own arithmetic: prepared or not, a score is the same
-        return fused.unit_rows(x, name=name)
+        implementation = choose(impl, x)
+        if implementation == "cpu":
+            return fused.unit_rows(x, name=name)
+        if implementation == "triton":
+            check_features(name, x, (2,), "")
+            try:
+                rows: Tensor = kernels.operands.prepare(x, "fp32", normalize=True).high
+                return rows
+            except KernelError as error:
+                fall_back(error, impl)
     x = working(check_features(name, x, (2,), ""))
     if normalize:
         return unit_rows(x).contiguous()

@@ -7,20 +7,24 @@ from typing import Literal
 from torch import Tensor
 
 from fastood import reference
-from fastood.ops.dispatch import choose
+from fastood.errors import KernelError
+from fastood.kernels.precision import resolve
+from fastood.ops.dispatch import choose, fall_back, operator_precision, refuse_cuda
 from fastood.ops.fused import differentiable
+from fastood.ops.gpu import kernels
 from fastood.ops.grouped import grouped_graph, grouped_scores
 from fastood.scores.bank import ClassBank
+from fastood.scores.compute import Text
 from fastood.scores.inputs import (
     check_features,
     check_finite,
     check_tau,
     check_tensor,
     check_width,
+    must_check,
     unit_rows,
     working,
 )
-from fastood.scores.row import Text
 
 __all__ = ["neg_label"]
 
@@ -36,6 +40,7 @@ def neg_label(
     remainder: Literal["drop", "spread"] = "drop",
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """NegLabel: how much of the softmax over classes and negative labels falls on the classes.
 
@@ -50,8 +55,8 @@ def neg_label(
         negatives: (M, D) features of the negative labels (omit with such a bank).
         tau: 1/γ of the model, > 0.
         groups, seed, remainder: see ``ClassBank``.
-        impl: None picks the fused CPU kernel where it applies (float32, bfloat16, float16 on CPU),
-            else the reference; ``"reference"`` or ``"cpu"`` force one.
+        impl, precision: as for the global scores; there is no ``impl="cuda"``. On a GPU give a
+            ClassBank: one made for the call waits for the permutation to be copied.
     Returns:
         (B,) in (0, 1); higher means in-distribution. Very confident images round to 1 in float32
         (as they do for ``msp``): they tie at the in-distribution end, far from any threshold.
@@ -82,8 +87,37 @@ def neg_label(
         raise ValueError("negatives: this ClassBank holds none; build it with negatives=...")
     check_tensor("image", image, (2,), "(B, D)")
     check_width(image, bank.text)
-    if choose(impl, image, bank.text, bank.negatives) == "cpu":
-        return _by_kernel(image, bank, bank.negatives, tau, normalize and bank.normalize)
+    implementation = choose(impl, image, bank.text, bank.negatives, precision=precision)
+    if implementation == "cuda":
+        refuse_cuda(impl, "neg_label")
+    if implementation != "reference" and differentiable(image, bank.text, bank.negatives):
+        on_gpu = implementation == "triton"
+        meant = operator_precision(impl, precision, image.float()[:0]) if on_gpu else ""
+        return _graph(image, bank, bank.negatives, tau, normalize and bank.normalize, meant)
+    if implementation == "triton":
+        if must_check(image):
+            check_features("image", image, (2,), "(B, D)")
+        try:
+            scores: Tensor = kernels.grouped.scores(
+                image.detach(),
+                bank.columns(resolve(precision, image)),
+                tau=tau,
+                normalize=normalize and bank.normalize,
+            )
+            return scores
+        except KernelError as error:
+            fall_back(error, impl, precision)
+    if implementation == "cpu":
+        return grouped_scores(
+            image,
+            bank.score_panels,
+            bank.negative_score_panels,
+            k=len(bank),
+            shape=(bank.negatives.shape[0], bank.negatives.shape[1]),
+            full=bank.full_groups,
+            tau=tau,
+            normalize=normalize and bank.normalize,
+        )
     s = (bank if normalize else bank.as_is()).similarities(image)
     assert s.negatives is not None  # the bank holds some
     for values in (s.image, s.negatives.amax(dim=-1)):  # padding is -inf
@@ -91,20 +125,9 @@ def neg_label(
     return reference.neg_label(s.image, s.negatives, tau)
 
 
-def _by_kernel(
-    image: Tensor, bank: ClassBank, negatives: Tensor, tau: float, normalize: bool
+def _graph(
+    image: Tensor, bank: ClassBank, negatives: Tensor, tau: float, normalize: bool, precision: str
 ) -> Tensor:
-    if not differentiable(image, bank.text, negatives):
-        return grouped_scores(
-            image,
-            bank.score_panels,
-            bank.negative_score_panels,
-            k=len(bank),
-            shape=(negatives.shape[0], negatives.shape[1]),
-            full=bank.full_groups,
-            tau=tau,
-            normalize=normalize,
-        )
     z = working(check_features("image", image, (2,), "(B, D)"))
     return grouped_graph(
         unit_rows(z) if normalize else z,
@@ -114,4 +137,5 @@ def _by_kernel(
         tau=tau,
         panels=bank.packed,
         negative_panels=bank.packed_negatives,
+        precision=precision,
     )

@@ -24,6 +24,7 @@ __all__ = [
     "check_tensor",
     "check_width",
     "matmul_classes",
+    "must_check",
     "row_blocks",
     "unit_rows",
     "working",
@@ -46,7 +47,8 @@ def working(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _must_check(x: Tensor) -> bool:
+def must_check(x: Tensor) -> bool:
+    """Whether the numbers of ``x`` are to be looked at before they are used."""
     if torch.compiler.is_compiling():
         return False
     # reading a flag back from a GPU waits for it, so there it is done on request only; a tensor
@@ -73,7 +75,7 @@ def check_tensor(name: str, x: Any, dims: tuple[int, ...], shape: str) -> Tensor
 
 def check_finite(name: str, x: Tensor, *, what: str = "features") -> None:
     """Raise a ValueError that names the rows holding NaN or Inf (CPU, or FASTOOD_CHECK=1)."""
-    if not _must_check(x) or x.numel() == 0:
+    if not must_check(x) or x.numel() == 0:
         return
     bad = ~torch.isfinite(x.detach()).reshape(x.shape[0], -1).all(dim=1)
     if bool(bad.any()):
@@ -84,7 +86,7 @@ def check_features(name: str, x: Any, dims: tuple[int, ...], shape: str) -> Tens
     """Like ``check_tensor``, and every feature vector is finite and not zero."""
     x = check_tensor(name, x, dims, shape)
     check_finite(name, x)
-    if _must_check(x) and x.numel():
+    if must_check(x) and x.numel():
         zero = (x.detach() == 0).all(dim=-1)
         if bool(zero.any()):
             raise ValueError(

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fastood import reference
+from fastood.kernels.precision import check_precision
 from fastood.ops.requests import Kind, Request
 from fastood.scores.bank import ClassBank, Head, Similarities
+from fastood.scores.compute import RowScores, check_no_product, score_rows
 from fastood.scores.grouped import neg_label
 from fastood.scores.inputs import BLOCK, check_count, check_features, check_tau, check_tensor
 from fastood.scores.local import local_rows
 from fastood.scores.registry import Methods, ScoreSpec, resolve
-from fastood.scores.row import RowScores, score_rows
 
 __all__ = ["Asked", "Found", "check_head", "score", "scores_of_features", "scores_of_similarities"]
 
@@ -46,6 +47,7 @@ def score(
     logit_scale: float | None = None,
     rows: int | None = None,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> dict[str, Tensor]:
     """Every asked score of every image, from one pass over the classes.
 
@@ -62,8 +64,8 @@ def score(
             defaults to 1/γ instead of 0.01.
         rows: images at a time; by default all, or as many as keep a block of similarities near
             32 MiB where there has to be one (other heads than a ``ClassBank``, the reference).
-        impl: None picks the fused CPU kernel where it applies (float32, bfloat16, float16 on CPU),
-            else the reference; ``"reference"`` or ``"cpu"`` force one.
+        impl, precision: as for the global scores. Heads other than a ``ClassBank`` multiply as
+            they do: no precision there.
     Returns:
         ``{label: (B,)}`` in the order asked; higher means in-distribution throughout.
     Raises:
@@ -106,7 +108,10 @@ def score(
     )
     if rows is not None:
         rows = check_count("rows", rows, 1, None)
-    return scores_of_features(resolved, text, image, local, rows=rows, impl=impl).values
+    found = scores_of_features(
+        resolved, text, image, local, rows=rows, impl=impl, precision=precision
+    )
+    return found.values
 
 
 def scores_of_features(
@@ -117,6 +122,7 @@ def scores_of_features(
     *,
     rows: int | None = None,
     impl: str | None = None,
+    precision: str | None = None,
     classes: bool = False,
 ) -> Found:
     """Asked scores of features; a ``ClassBank`` takes them without keeping similarities.
@@ -134,11 +140,13 @@ def scores_of_features(
         z = image[i : i + rows]
         zl = None if local is None else local[i : i + rows]
         if bank is not None:
-            parts.append(_of_bank(asked, bank, z, zl, impl, classes))
+            parts.append(_of_bank(asked, bank, z, zl, impl, precision, classes))
         else:
             check_features("image", z, (2,), "(B, D)")
             s = head.similarities(z, zl)
-            parts.append(scores_of_similarities(asked, s, z, impl=impl, classes=classes))
+            parts.append(
+                scores_of_similarities(asked, s, z, impl=impl, precision=precision, classes=classes)
+            )
     if len(parts) == 1:
         return parts[0]
     values = {label: torch.cat([part.values[label] for part in parts]) for label in asked}
@@ -157,14 +165,16 @@ def _of_bank(
     image: Tensor,
     local: Tensor | None,
     impl: str | None,
+    precision: str | None,
     classes: bool,
 ) -> Found:
+    how: dict[str, Any] = {"impl": impl, "precision": precision}
     return _assemble(
         asked,
         image,
-        lambda requests: score_rows(requests, image, bank, None, impl=impl, classes=classes),
-        lambda taus: local_rows(taus, local, bank, None, impl=impl),
-        lambda tau: neg_label(image, bank, tau=tau, impl=impl),
+        lambda requests: score_rows(requests, image, bank, None, classes=classes, **how),
+        lambda taus: local_rows(taus, local, bank, None, **how),
+        lambda tau: neg_label(image, bank, tau=tau, **how),
         classes,
         len(bank),
     )
@@ -176,9 +186,12 @@ def scores_of_similarities(
     image: Tensor | None = None,
     *,
     impl: str | None = None,
+    precision: str | None = None,
     classes: bool = False,
 ) -> Found:
     """Asked scores of similarities at hand; ``image`` is for those that need a fit."""
+    check_precision(precision)
+    check_no_product(precision, "this head multiplies, not the kernels")
 
     def negatives(tau: float) -> Tensor:
         if s.negatives is None:  # resolve() has seen to it; for callers that come here directly

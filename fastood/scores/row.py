@@ -5,36 +5,31 @@ prepared ``ClassBank``; or instead of both a ready ``similarity (B, K)`` in cosi
 all that Tip-Adapter, CoCoOp and unimodal classifiers have. Any float dtype and device; the
 arithmetic and the result are float32 (float64 if the inputs are). Higher = more in-distribution.
 
-``impl=None`` picks the fused CPU kernel where it applies (float32, bfloat16 and float16 on the
-CPU), else the reference; ``"cpu"`` or ``"reference"`` forces one, as ``FASTOOD_IMPL`` does for all.
-The kernel never keeps the (B, K) similarities; a row's score does not depend on the batch around
-it or on the number of threads.
+``impl=None`` picks the fused kernel where one applies (float32, bfloat16 and float16: C++ on the
+CPU, Triton on a GPU), else the reference; ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"reference"``
+forces one, as ``FASTOOD_IMPL`` does for all. ``"cuda"`` is the library's product in row blocks and
+a CUDA C++ kernel over its rows. Kernels never keep the (B, K) similarities; on the CPU a row's
+score does not depend on the batch around it or on the number of threads.
+
+``precision`` says in what a GPU takes the products; sums and results are float32 always. None
+takes float16 and bfloat16 features as they are and the others at float32 grade (``"fp16x3"``:
+high and low halves); ``"fp16"``, ``"bf16"``, ``"tf32"``, ``"fp16x3"`` or ``"fp32"`` asks for one.
+Under torch.compile and for gradients rows are normalised in float32 first, so None means
+``"fp16x3"`` there. The CPU and the reference compute in float32: only None or ``"fp32"``.
+
+A GPU is not waited for: NaN, Inf and zero rows give NaN there unless ``FASTOOD_CHECK=1``, which
+names them in a ValueError. More than eight top classes (``c``) take the reference on a GPU.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from fastood.ops import fused
-from fastood.ops.dispatch import choose
-from fastood.ops.requests import Kind, Request, reference_score
-from fastood.scores.bank import ClassBank
-from fastood.scores.inputs import (
-    check_count,
-    check_features,
-    check_finite,
-    check_scalar,
-    check_tau,
-    check_tensor,
-    check_width,
-    matmul_classes,
-    row_blocks,
-    unit_rows,
-    working,
-)
+from fastood.ops.requests import Kind, Request
+from fastood.scores.compute import Text, score_rows
+from fastood.scores.inputs import check_scalar, check_tau
 
 __all__ = [
     "delta_energy",
@@ -48,150 +43,6 @@ __all__ = [
     "variance",
 ]
 
-Text = Tensor | ClassBank
-
-
-def cosines(
-    image: Tensor | None, text: Text | None, similarity: Tensor | None, *, normalize: bool = True
-) -> Tensor:
-    """(B, K) similarities from whichever of the two forms was given."""
-    if similarity is not None:
-        if image is not None or text is not None:
-            raise ValueError("similarity: give either similarity, or image and text, not both")
-        s = check_tensor("similarity", similarity, (2,), "(B, K)")
-        check_finite("similarity", s, what="values")
-        return working(s)
-    if image is None or text is None:
-        raise ValueError("expected image and text, or similarity=; one of them is missing")
-    if isinstance(text, ClassBank):
-        return (text if normalize else text.as_is()).to_classes(image)
-    return matmul_classes(*unit_features(image, text, normalize=normalize))
-
-
-def unit_features(image: Tensor, text: Tensor, *, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Checked features of one working dtype, normalised if asked."""
-    z = check_features("image", image, (2,), "(B, D)")
-    t = check_features("text", text, (2, 3), "(K, D) or (B, K, D)")
-    check_width(z, t)
-    z, t = working(z), working(t)
-    if z.dtype != t.dtype:
-        z, t = z.double(), t.double()
-    return (unit_rows(z), unit_rows(t)) if normalize else (z, t)
-
-
-class RowScores(NamedTuple):
-    values: Tensor
-    """(R, B), one row for each score asked."""
-    classes: Tensor | None
-    """(B,) int64, the nearest class, if asked."""
-
-
-def score_rows(
-    requests: tuple[Request, ...],
-    image: Tensor | None,
-    text: Text | None,
-    similarity: Tensor | None,
-    *,
-    normalize: bool = True,
-    impl: str | None = None,
-    classes: bool = False,
-) -> RowScores:
-    """Several global scores: by the kernel in one pass over the classes, or by the reference."""
-    if similarity is not None:
-        if image is not None or text is not None:
-            raise ValueError("similarity: give either similarity, or image and text, not both")
-        check_tensor("similarity", similarity, (2,), "(B, K)")
-        return _of_similarity(requests, similarity, impl, classes)
-    if image is None or text is None:
-        raise ValueError("expected image and text, or similarity=; one of them is missing")
-    rows = text.text if isinstance(text, ClassBank) else text
-    check_tensor("image", image, (2,), "(B, D)")
-    check_tensor("text", rows, (2, 3), "(K, D) or (B, K, D)")
-    check_width(image, rows)
-    k = rows.shape[-2]
-    _check_requests(requests, k, "text")
-    implementation = choose(impl, image, rows)
-    if rows.ndim == 3:
-        # classes of their own for every image: K D numbers are read for each row of K cosines
-        s = cosines(image, text, None, normalize=normalize)
-        return _of_similarity(requests, s, implementation, classes)
-    if implementation == "reference":
-        return _by_reference(requests, image, text, normalize, classes)
-
-    bank = text if isinstance(text, ClassBank) else None
-    normalize = normalize and (bank is None or bank.normalize)
-    if fused.differentiable(image, rows):
-        if bank is None:
-            z, t = unit_features(image, rows, normalize=normalize)
-            return RowScores(*fused.feature_graph(requests, z, t))
-        z = working(check_features("image", image, (2,), "(B, D)"))
-        z = unit_rows(z) if normalize else z
-        return RowScores(*fused.feature_graph(requests, z, bank.text, bank.packed))
-    if bank is None:
-        panels = packed_classes(rows, normalize, ("image", image))
-    else:
-        panels = bank.score_panels
-    found = fused.feature_scores(requests, image, panels, k=k, normalize=normalize, classes=classes)
-    return RowScores(*found)
-
-
-def packed_classes(text: Tensor, normalize: bool, features: tuple[str, Tensor]) -> Tensor:
-    """Class features checked, normalised and packed for one call.
-
-    ``features`` and their name: where both are bad, they are the ones to complain of.
-    """
-    try:
-        return fused.score_panels(text, normalize=normalize)
-    except ValueError:
-        name, x = features
-        check_features(name, x, (x.ndim,), "")
-        raise
-
-
-def _by_reference(
-    requests: tuple[Request, ...], image: Tensor, text: Text, normalize: bool, classes: bool
-) -> RowScores:
-    if not isinstance(text, ClassBank):  # once, not for every block
-        image, text = unit_features(image, text, normalize=normalize)
-        normalize = False
-    parts = []
-    for block in row_blocks(len(image), len(text)):
-        s = cosines(image[block], text, None, normalize=normalize)
-        parts.append(_of_similarity(requests, s, "reference", classes))
-    if len(parts) == 1:
-        return parts[0]
-    values = torch.cat([part.values for part in parts], dim=1)
-    if not classes:
-        return RowScores(values, None)
-    return RowScores(
-        values, torch.cat([part.classes for part in parts if part.classes is not None])
-    )
-
-
-def _of_similarity(
-    requests: tuple[Request, ...], s: Tensor, impl: str | None, classes: bool
-) -> RowScores:
-    _check_requests(requests, s.shape[1], "similarity")
-    kernel = choose(impl, s) == "cpu"
-    if kernel and not fused.differentiable(s):
-        return RowScores(*fused.similarity_scores(requests, s, classes=classes))
-    check_finite("similarity", s, what="values")
-    if kernel:
-        return RowScores(*fused.similarity_graph(requests, s))
-    s = working(s)
-    values = torch.stack([reference_score(r, s) for r in requests])
-    return RowScores(values, s.argmax(dim=-1) if classes else None)
-
-
-def _check_requests(requests: tuple[Request, ...], k: int, name: str) -> None:
-    if k == 0:
-        raise ValueError(f"{name}: expected at least one class, got K = 0")
-    for r in requests:
-        if r.kind == Kind.MARGIN and k < 2:
-            raise ValueError(f"margin: expected at least two classes, got K = {k}")
-        if r.kind == Kind.DELTA_ENERGY:
-            check_count("c", r.c, 1, k, high_name="K = ")
-
 
 def max_similarity(
     image: Tensor | None = None,
@@ -200,6 +51,7 @@ def max_similarity(
     similarity: Tensor | None = None,
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """S_MS: the largest cosine similarity, max_k s_k.
 
@@ -208,14 +60,16 @@ def max_similarity(
     Returns:
         (B,) in [-1, 1]; higher means in-distribution.
     Raises:
-        ValueError: on shapes, dtypes or devices that do not fit, K = 0, NaN, Inf or zero rows.
+        ValueError: on shapes, dtypes or devices that do not fit, K = 0, NaN, Inf or zero rows (on
+            a GPU under FASTOOD_CHECK=1, else NaN), an unknown precision or one that the CPU has
+            not.
 
     Example:
         >>> import torch
         >>> max_similarity(torch.tensor([[3.0, 4.0]]), torch.eye(2))
         tensor([0.8000])
     """
-    return _score(Request(Kind.MAX_SIMILARITY), image, text, similarity, normalize, impl)
+    return _score(Request(Kind.MAX_SIMILARITY), image, text, similarity, normalize, impl, precision)
 
 
 def max_logit(
@@ -226,6 +80,7 @@ def max_logit(
     tau: float = 0.01,
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """max_k s_k / tau: ranks exactly as ``max_similarity``, in units of logits.
 
@@ -237,7 +92,7 @@ def max_logit(
         ValueError: as ``max_similarity``; tau <= 0 or not finite.
     """
     tau = check_tau(tau)
-    return _score(Request(Kind.MAX_LOGIT, tau), image, text, similarity, normalize, impl)
+    return _score(Request(Kind.MAX_LOGIT, tau), image, text, similarity, normalize, impl, precision)
 
 
 def mcm(
@@ -248,6 +103,7 @@ def mcm(
     tau: float = 1.0,
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """S_MCM: maximum concept matching, max_k softmax_k(s / tau) with tau = 1 on raw cosines.
 
@@ -265,7 +121,9 @@ def mcm(
         tensor([0.5000])
     """
     tau = check_tau(tau)
-    return _score(Request(Kind.MAX_SOFTMAX, tau), image, text, similarity, normalize, impl)
+    return _score(
+        Request(Kind.MAX_SOFTMAX, tau), image, text, similarity, normalize, impl, precision
+    )
 
 
 def msp(
@@ -276,6 +134,7 @@ def msp(
     tau: float = 0.01,
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """S_MSP: the largest softmax probability at the model's own temperature, tau = 1/γ.
 
@@ -287,7 +146,15 @@ def msp(
     Raises:
         ValueError: as ``mcm``.
     """
-    return mcm(image, text, similarity=similarity, tau=tau, normalize=normalize, impl=impl)
+    return mcm(
+        image,
+        text,
+        similarity=similarity,
+        tau=tau,
+        normalize=normalize,
+        impl=impl,
+        precision=precision,
+    )
 
 
 def energy(
@@ -299,6 +166,7 @@ def energy(
     scale: Literal["tau", "unit"] = "tau",
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """Negative free energy: tau · lse(s / tau) (``scale="tau"``) or lse(s / tau) (``"unit"``).
 
@@ -314,7 +182,7 @@ def energy(
     if scale not in ("tau", "unit"):
         raise ValueError(f'scale: expected "tau" or "unit", got {scale!r}')
     request = Request(Kind.ENERGY, tau, flag=scale == "unit")
-    return _score(request, image, text, similarity, normalize, impl)
+    return _score(request, image, text, similarity, normalize, impl, precision)
 
 
 def neg_entropy(
@@ -325,6 +193,7 @@ def neg_entropy(
     tau: float = 1.0,
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """log K - H(softmax(s / tau)): ranks as the negative entropy, and keeps its digits.
 
@@ -340,7 +209,9 @@ def neg_entropy(
         ValueError: as ``mcm``.
     """
     tau = check_tau(tau)
-    return _score(Request(Kind.NEG_ENTROPY, tau), image, text, similarity, normalize, impl)
+    return _score(
+        Request(Kind.NEG_ENTROPY, tau), image, text, similarity, normalize, impl, precision
+    )
 
 
 def variance(
@@ -351,6 +222,7 @@ def variance(
     tau: float = 1.0,
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """Population variance over classes of softmax(s / tau).
 
@@ -364,7 +236,7 @@ def variance(
         ValueError: as ``mcm``.
     """
     tau = check_tau(tau)
-    return _score(Request(Kind.VARIANCE, tau), image, text, similarity, normalize, impl)
+    return _score(Request(Kind.VARIANCE, tau), image, text, similarity, normalize, impl, precision)
 
 
 def margin(
@@ -375,6 +247,7 @@ def margin(
     tau: float | None = None,
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """Distance between the two best classes: s(1) - s(2), or p(1) - p(2) if tau is given.
 
@@ -389,7 +262,7 @@ def margin(
         request = Request(Kind.MARGIN, c=2)
     else:
         request = Request(Kind.MARGIN, check_tau(tau), c=2, flag=True)
-    return _score(request, image, text, similarity, normalize, impl)
+    return _score(request, image, text, similarity, normalize, impl, precision)
 
 
 def delta_energy(
@@ -403,6 +276,7 @@ def delta_energy(
     joint: bool = False,
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """ΔEnergy: the energy change when each of the c largest similarities is reset.
 
@@ -419,6 +293,7 @@ def delta_energy(
         c: classes reset, 1 <= c <= K. The mean over c instead of the sum ranks alike.
         reset: the similarity they are reset to; 0 crops them away.
         joint: reset them together rather than one by one.
+        impl, precision: see this module; c > 8 takes the reference on a GPU.
     Returns:
         (B,) float32 (float64 for float64 input); higher means in-distribution. Negative where the
         top similarities lie below ``reset``. For K = 1 it is (s - reset) / tau.
@@ -446,7 +321,7 @@ def delta_energy(
     """
     tau, reset = check_tau(tau), check_scalar("reset", reset)
     request = Request(Kind.DELTA_ENERGY, tau, c, reset, bool(joint))
-    return _score(request, image, text, similarity, normalize, impl)
+    return _score(request, image, text, similarity, normalize, impl, precision)
 
 
 def _score(
@@ -456,6 +331,9 @@ def _score(
     similarity: Tensor | None,
     normalize: bool,
     impl: str | None,
+    precision: str | None,
 ) -> Tensor:
-    found = score_rows((request,), image, text, similarity, normalize=normalize, impl=impl)
+    found = score_rows(
+        (request,), image, text, similarity, normalize=normalize, impl=impl, precision=precision
+    )
     return found.values[0]

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastood.errors import KernelError
+from fastood.kernels.precision import resolve
 from fastood.ops import rows
-from fastood.ops.dispatch import choose
+from fastood.ops.dispatch import choose, fall_back, operator_precision, refuse_cuda
+from fastood.ops.fused import differentiable
+from fastood.ops.gpu import MOST_TOPS, kernels
+from fastood.ops.requests import MAX_TAUS
 from fastood.ops.rows import RowStatistics
 from fastood.scores.bank import ClassBank
+from fastood.scores.compute import Text, check_no_product, cosines, unit_features
 from fastood.scores.inputs import (
     check_count,
     check_features,
@@ -18,15 +24,13 @@ from fastood.scores.inputs import (
     check_tau,
     check_tensor,
     check_width,
+    must_check,
     row_blocks,
     unit_rows,
     working,
 )
-from fastood.scores.row import Text, cosines, unit_features
 
 __all__ = ["RowStatistics", "row_statistics"]
-
-_MAX_TAUS = 16
 
 
 def row_statistics(
@@ -39,6 +43,7 @@ def row_statistics(
     moments: bool = False,
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> RowStatistics:
     """The top of every row of similarities and sums of its rest, in one pass.
 
@@ -54,8 +59,7 @@ def row_statistics(
         taus: up to 16 temperatures, > 0.
         c: how many of the largest are kept outside the sum, 1 <= c <= K.
         moments: also ``neg_entropy`` and ``variance``.
-        impl: None picks the fused CPU kernel where it applies (float32, bfloat16, float16 on CPU),
-            else the reference; ``"reference"`` or ``"cpu"`` force one.
+        impl, precision: as for the global scores; there is no ``impl="cuda"``.
     Returns:
         ``RowStatistics(values (B, c), classes (B, c), rest (B, T), neg_entropy, variance (B, T))``.
     Raises:
@@ -67,15 +71,30 @@ def row_statistics(
         (tensor([[1, 2]]), tensor([[0.8187]], dtype=torch.float64))
     """
     taus = [check_tau(tau) for tau in taus]
-    if not 1 <= len(taus) <= _MAX_TAUS:
-        raise ValueError(f"taus: expected 1 to {_MAX_TAUS} temperatures, got {len(taus)}")
+    if not 1 <= len(taus) <= MAX_TAUS:
+        raise ValueError(f"taus: expected 1 to {MAX_TAUS} temperatures, got {len(taus)}")
     weights = text.text if isinstance(text, ClassBank) else text
     given = [x for x in (image, weights, similarity) if isinstance(x, Tensor)]
-    implementation = choose(impl, *given)
+    if isinstance(image, Tensor) and isinstance(weights, Tensor) and image.ndim and weights.ndim:
+        check_width(image, weights)  # of tensors on two devices, say so first
+    implementation = choose(impl, *given, precision=precision)
+    if implementation == "cuda":
+        refuse_cuda(impl, "row_statistics")
     if similarity is not None or image is None or weights is None or weights.ndim == 3:
+        check_no_product(
+            precision, "similarities at hand, or of classes (B, K, D), are taken in float32"
+        )
         s = cosines(image, text, similarity, normalize=normalize)
         c = _count(c, s.shape[1], "text" if similarity is None else "similarity")
         check_finite("similarity", s, what="values")
+        if implementation == "triton" and c <= MOST_TOPS and not differentiable(s):
+            try:
+                return _named(
+                    kernels.rows.similarity_statistics(s, taus=taus, c=c, moments=moments)
+                )
+            except KernelError as error:
+                fall_back(error, impl, precision)
+                implementation = "reference"
         if implementation == "reference":
             return RowStatistics(*rows.statistics_of(s, taus, c, moments))
         return rows.similarity_statistics(s, taus=taus, c=c, moments=moments)
@@ -84,6 +103,12 @@ def row_statistics(
     check_tensor("text", weights, (2,), "(K, D)")
     check_width(image, weights)
     c = _count(c, len(weights), "text")
+    if implementation == "triton" and c <= MOST_TOPS and not differentiable(image, weights):
+        try:
+            return _by_gpu(image, text, taus, c, moments, normalize, precision)
+        except KernelError as error:
+            fall_back(error, impl, precision)
+            implementation = "reference"
     panels = None
     if isinstance(text, ClassBank):
         z, t = working(check_features("image", image, (2,), "(B, D)")), weights
@@ -91,13 +116,47 @@ def row_statistics(
         panels = text.packed
     else:
         z, t = unit_features(image, weights, normalize=normalize)
-    if implementation == "cpu":
-        return rows.row_statistics(z, t, taus=taus, c=c, moments=moments, panels=panels)
+    if implementation != "reference":
+        meant = operator_precision(impl, precision, z, t) if implementation == "triton" else ""
+        return rows.row_statistics(
+            z, t, taus=taus, c=c, moments=moments, panels=panels, precision=meant
+        )
     parts = [
         rows.statistics_of(z[block] @ t.to(z.dtype).mT, taus, c, moments)
         for block in row_blocks(len(z), len(t))
     ]
     return RowStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _by_gpu(
+    image: Tensor,
+    text: Text | None,
+    taus: list[float],
+    c: int,
+    moments: bool,
+    normalize: bool,
+    precision: str | None,
+) -> RowStatistics:
+    if must_check(image):
+        check_features("image", image, (2,), "(B, D)")
+    if isinstance(text, ClassBank):
+        normalize = normalize and text.normalize
+        ready = text.operand(resolve(precision, image))
+    else:
+        assert text is not None  # checked by the caller
+        if must_check(text):
+            check_features("text", text, (2,), "(K, D)")
+        meant = resolve(precision, image, text)
+        ready = kernels.operands.prepare(text, meant, normalize=normalize)
+    return _named(
+        kernels.rows.statistics(
+            image.detach(), ready, taus=taus, c=c, moments=moments, normalize=normalize
+        )
+    )
+
+
+def _named(found: Sequence[Tensor]) -> RowStatistics:
+    return RowStatistics(*found)
 
 
 def _count(c: int, k: int, name: str) -> int:

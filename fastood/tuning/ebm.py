@@ -10,15 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastood import reference
-from fastood.ops.dispatch import choose
+from fastood.errors import KernelError
+from fastood.ops.dispatch import choose, fall_back, operator_precision, refuse_cuda
 from fastood.ops.ebm import energy_bound
+from fastood.ops.gpu import within
 from fastood.scores.bank import ClassBank
+from fastood.scores.compute import check_no_product
 from fastood.scores.inputs import (
+    check_features,
     check_scalar,
     check_tau,
     check_tensor,
     check_width,
     matmul_classes,
+    must_check,
 )
 from fastood.tuning.inputs import features_of, labels_of
 
@@ -40,6 +45,7 @@ def ebm_loss(
     renorm: bool = False,
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """Energy-bound loss: cross-entropy plus ``weight`` times the mean of E0 - E2.
 
@@ -67,15 +73,15 @@ def ebm_loss(
             entry is that of the predicted class either way.
         ce_on: logits the cross-entropy sees.
         renorm: scale zm back to unit norm.
-        impl: None picks the fused CPU kernel where it applies (float32, bfloat16, float16 on CPU),
-            else the reference; ``"reference"`` or ``"cpu"`` force one. The kernel computes the
-            gradients along with the loss and never keeps the (B, K) logits; it has no second
-            derivatives and takes no per-image text.
+        impl, precision: as for the scores (``fastood.scores.row``); there is no ``impl="cuda"``.
+            The kernels compute the gradients along with the loss and never keep the (B, K) logits;
+            they have no second derivatives and take no per-image text.
     Returns:
         A scalar, float32 (float64 for float64 input).
     Raises:
         ValueError: on shapes that do not fit, an empty batch, labels outside 0..K-1, unknown
-            options, tau <= 0, non-finite weight, NaN, Inf or zero rows.
+            options, tau <= 0, non-finite weight, NaN, Inf or zero rows. On a GPU bad labels and
+            rows make the loss NaN instead, unless FASTOOD_CHECK=1.
     """
     tau, weight, keep = check_tau(tau), check_scalar("weight", weight), check_scalar("keep", keep)
     _one_of("mask", mask, ("sign", "topp"))
@@ -93,33 +99,50 @@ def ebm_loss(
     check_width(image, classes)
     # 0.1 * 30 is 3.0000000000000004
     kept = 0 if mask == "sign" else math.ceil(round(keep * image.shape[1], 9))
-    fused = choose(impl, image, classes) == "cpu"
-    if fused and classes.ndim == 3 and impl == "cpu":
+    implementation = choose(impl, image, classes, precision=precision)
+    if implementation == "cuda":
+        refuse_cuda(impl, "ebm_loss")
+    if implementation != "reference" and classes.ndim == 3 and impl:
         raise ValueError(
-            f"text: impl='cpu' takes classes (K, D), got {tuple(classes.shape)}; "
+            f"text: impl={implementation!r} takes classes (K, D), got {tuple(classes.shape)}; "
             "use impl='reference' for per-image classes"
         )
-    if fused and classes.ndim == 2:
+    if classes.ndim == 3:
+        check_no_product(precision, "products with classes (B, K, D) are taken in float32")
+    if implementation != "reference" and classes.ndim == 2:
         b, k = image.shape[0], classes.shape[0]
         if b == 0 or k == 0:
             features_of(image, text, normalize)  # raises
-        return energy_bound(
-            image,
-            classes,
-            labels_of(labels, image, k),
-            tau=tau,
-            weight=weight,
-            kept=kept,
-            by_label=mask_by == "label",
-            edit_all=edit == "all",
-            ce_original=ce_on == "original",
-            renorm=renorm,
-            normalize_image=normalize_image,
-            normalize_text=normalize_text,
-        ).loss
+        y = labels_of(labels, image, k)
+        on_gpu = implementation == "triton"
+        if on_gpu and must_check(image):
+            check_features("image", image, (2,), "(B, D)")
+            check_features("text", classes, (2,), "(K, D)")
+        try:
+            return energy_bound(
+                image,
+                classes,
+                y,
+                tau=tau,
+                weight=weight,
+                kept=kept,
+                by_label=mask_by == "label",
+                edit_all=edit == "all",
+                ce_original=ce_on == "original",
+                renorm=renorm,
+                normalize_image=normalize_image,
+                normalize_text=normalize_text,
+                on_gpu=on_gpu,
+                precision=operator_precision(impl, precision, image, classes) if on_gpu else "",
+            ).loss
+        except KernelError as error:
+            fall_back(error, impl, precision)
     z, t = features_of(image, text, normalize)
     y = labels_of(labels, z, t.shape[-2])
-    return _ebm_loss(z, t, y, tau, weight, kept, mask_by, edit, ce_on, renorm)
+    if not y.is_cuda:
+        return _ebm_loss(z, t, y, tau, weight, kept, mask_by, edit, ce_on, renorm)
+    y, valid = within(y, t.shape[-2])
+    return _ebm_loss(z, t, y, tau, weight, kept, mask_by, edit, ce_on, renorm) * valid.to(z.dtype)
 
 
 def _ebm_loss(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastood.scores.bank import ClassBank
-from fastood.scores.inputs import check_features, check_width, unit_rows, working
+from fastood.scores.inputs import check_features, check_width, must_check, unit_rows, working
 
 __all__ = ["features_of", "labels_of"]
 
@@ -32,13 +32,17 @@ def features_of(image: Tensor, text: Tensor | ClassBank, normalize: bool) -> tup
 
 
 def labels_of(labels: Tensor, image: Tensor, k: int) -> Tensor:
-    """Checked labels as int64 on the device of ``image``."""
+    """Checked labels as int64 on the device of ``image``.
+
+    On a GPU their values are looked at under FASTOOD_CHECK=1 only: a loss made of labels outside
+    0..K-1 is NaN there, see ``fastood.ops.gpu.within``.
+    """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError("labels: expected an integer tensor (B,)")
     if labels.shape != (len(image),):
         raise ValueError(f"labels: expected ({len(image)},), got {tuple(labels.shape)}")
     y = labels.to(device=image.device, dtype=torch.int64)
-    if not y.is_cuda and not torch.compiler.is_compiling():
+    if must_check(y) and len(y):
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= k:
             raise ValueError(f"labels: expected values in 0..{k - 1} (K = {k}), got {low}..{high}")

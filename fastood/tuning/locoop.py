@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastood.ops.dispatch import choose
+from fastood.ops.dispatch import choose, operator_precision, refuse_cuda
+from fastood.ops.gpu import within
 from fastood.ops.patches import patch_entropy
 from fastood.scores.bank import ClassBank
+from fastood.scores.compute import check_no_product
 from fastood.scores.inputs import (
     check_count,
     check_features,
@@ -17,6 +19,7 @@ from fastood.scores.inputs import (
     check_tensor,
     check_width,
     matmul_classes,
+    must_check,
     unit_rows,
     working,
 )
@@ -36,6 +39,7 @@ def locoop_loss(
     top_k: int = 200,
     normalize: bool = True,
     impl: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """LoCoOp: cross-entropy plus ``weight`` times the mean negative entropy of OOD patches.
 
@@ -48,14 +52,15 @@ def locoop_loss(
     Args:
         image: (B, D); local: (B, P, D); text: (K, D) or (B, K, D); labels: (B,) int64 in 0..K-1.
         top_k: rank of the label from which a patch counts as OOD, 1 <= top_k < K.
-        impl: None picks the fused CPU kernel where it applies (float32, bfloat16, float16 on CPU),
-            else the reference; ``"reference"`` or ``"cpu"`` force one. The kernel computes the
-            gradients of the patch term along with it and never keeps the (B, P, K) logits; it has
-            no second derivatives. Per-image text always takes the reference.
+        impl, precision: as for the scores (``fastood.scores.row``), of the patch term; there is no
+            ``impl="cuda"``. The kernels compute the gradients of the patch term along with it and
+            never keep the (B, P, K) logits; they have no second derivatives. Per-image text always
+            takes the reference.
     Returns:
         A scalar, float32 (float64 for float64 input).
     Raises:
-        ValueError: as ``ebm_loss``; top_k outside 1..K-1 (no patch could ever be OOD).
+        ValueError: as ``ebm_loss`` (on a GPU NaN, likewise); top_k outside 1..K-1 (no patch could
+            ever be OOD).
     """
     tau, weight = check_tau(tau), check_scalar("weight", weight)
     z, t = features_of(image, text, normalize)
@@ -67,14 +72,29 @@ def locoop_loss(
     k = t.shape[-2]
     y = labels_of(labels, z, k)
     top_k = check_count("top_k", top_k, 1, k - 1, high_name="K - 1 = ")
+    implementation = choose(impl, z, local, t, precision=precision)
+    if implementation == "cuda":
+        refuse_cuda(impl, "locoop_loss")
+    if t.ndim == 3:
+        check_no_product(precision, "products with classes (B, K, D) are taken in float32")
+    valid = None
+    if y.is_cuda:
+        y, valid = within(y, k)
     cross_entropy = F.cross_entropy(matmul_classes(z, t) / tau, y)
-    if choose(impl, z, local, t) == "cpu" and t.ndim == 2:
+    if implementation != "reference" and t.ndim == 2:
+        if implementation == "triton" and must_check(local):
+            check_features("local", local, (3,), "(B, P, D)")
         inside = normalize and not (local.requires_grad and torch.is_grad_enabled())
         zl = local if inside else _patches(local, z, normalize)
-        term = patch_entropy(zl, t, y, top_k=top_k, tau=tau, normalize=inside).value
+        meant = operator_precision(impl, precision, zl, t) if implementation == "triton" else ""
+        # KernelError: only if the kernel was demanded, the operator has its default
+        term = patch_entropy(
+            zl, t, y, top_k=top_k, tau=tau, normalize=inside, precision=meant
+        ).value
     else:
         term = _patch_term(_patches(local, z, normalize), t, y, tau, top_k)
-    return cross_entropy + weight * term
+    loss = cross_entropy + weight * term
+    return loss if valid is None else loss * valid.to(loss.dtype)
 
 
 def _patches(local: Tensor, image: Tensor, normalize: bool) -> Tensor:

@@ -323,7 +323,7 @@ def test_threshold_decides():
 def test_unusable_features_raise_where_functions_do_not_check(make, bad, monkeypatch):
     # on a GPU the functional scores look at nothing; a detector has to
     detector = make().fit_features(features())
-    monkeypatch.setattr("fastood.scores.inputs._must_check", lambda x: False)
+    monkeypatch.setattr("fastood.scores.inputs.must_check", lambda x: False)
     x = features()
     x[[4, 7]] = bad
     with pytest.raises(ValueError, match="2 rows, first 4, 7"):
@@ -335,7 +335,7 @@ def test_unusable_features_raise_where_functions_do_not_check(make, bad, monkeyp
 
 
 def test_unusable_similarities_raise(monkeypatch):
-    monkeypatch.setattr("fastood.scores.inputs._must_check", lambda x: False)
+    monkeypatch.setattr("fastood.scores.inputs.must_check", lambda x: False)
     s = torch.zeros(3, K)
     s[1, 2] = float("nan")
     with pytest.raises(ValueError, match="row 1"):

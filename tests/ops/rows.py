@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastood.ops.requests import Kind, Request
-from fastood.scores.row import score_rows
+from fastood.scores.compute import score_rows
 from tests.conftest import clip_like
 from tests.scores import oracle
 

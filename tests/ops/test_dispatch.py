@@ -74,13 +74,39 @@ def test_the_reference_is_plain_torch(monkeypatch, fused_calls, name):
 
 
 @EVERY
-@pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_what_is_not_there_is_refused(monkeypatch, name, impl):
-    with pytest.raises(ValueError, match=f"^impl: '{impl}' is not in this version"):
-        CALLS[name](impl=impl)
-    monkeypatch.setenv("FASTOOD_IMPL", impl)
-    with pytest.raises(ValueError, match=f"^FASTOOD_IMPL: '{impl}' is not in this version"):
+def test_cuda_is_for_tensors_that_are_there(monkeypatch, name):
+    with pytest.raises(ValueError, match=r"^impl: 'cuda' takes CUDA tensors, got one on cpu"):
+        CALLS[name](impl="cuda")
+    monkeypatch.setenv("FASTOOD_IMPL", "cuda")
+    with pytest.raises(ValueError, match=r"^FASTOOD_IMPL: 'cuda' takes CUDA tensors"):
         CALLS[name]()
+
+
+@EVERY
+def test_triton_takes_cpu_tensors_only_when_interpreted(monkeypatch, name):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"^impl: 'triton' takes CUDA tensors, got one on cpu"):
+        CALLS[name](impl="triton")
+    monkeypatch.setenv("FASTOOD_IMPL", "triton")
+    with pytest.raises(ValueError, match=r"^FASTOOD_IMPL: 'triton' takes CUDA tensors"):
+        CALLS[name]()
+
+
+@EVERY
+@pytest.mark.parametrize("impl", [None, "cpu", "reference"])
+def test_on_the_cpu_products_are_float32(kernels, name, impl):
+    assert torch.equal(CALLS[name](impl=impl, precision="fp32"), CALLS[name](impl=impl))
+    for precision in ("fp16", "bf16", "tf32", "fp16x3"):
+        message = f"^precision: '{precision}' is for the kernels of a GPU; .* in float32"
+        with pytest.raises(ValueError, match=message):
+            CALLS[name](impl=impl, precision=precision)
+
+
+@EVERY
+def test_unknown_precisions_are_refused(name):
+    message = "^precision: expected None or one of 'fp16', 'bf16', 'tf32', 'fp16x3', 'fp32', got"
+    with pytest.raises(ValueError, match=message):
+        CALLS[name](precision="half")
 
 
 @EVERY

@@ -11,7 +11,7 @@ import fastood
 from fastood.ops.requests import Kind, Request
 from fastood.ops.rows import similarity_statistics
 from fastood.scores import ClassBank
-from fastood.scores.row import score_rows
+from fastood.scores.compute import score_rows
 from tests import tolerances
 from tests.conftest import clip_like
 from tests.ops.rows import cosines, every_request, name_of, relative, scores

@@ -69,7 +69,7 @@ def test_scores_asked_alone_or_together(instruction_set, k):
 
 
 def test_the_nearest_class_costs_no_digit(instruction_set):
-    from fastood.scores.row import score_rows
+    from fastood.scores.compute import score_rows
 
     image, text, _ = clip_like(60, 90, 24)
     requests = every_request(90, 0.01)
