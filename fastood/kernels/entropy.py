@@ -19,19 +19,18 @@ from fastood.kernels.wide import expm1, log1p
 
 __all__ = ["entropies"]
 
-_FIELDS = 11  # centre, count, Σu, Σe, Σue, Σee, max |u|, top, Σp, Σyp, Σpp
+_FIELDS = 11  # centre, count, Σu, Σ(e - u), Σue, Σee, max |u|, top, Σp, Σyp, Σpp
 _RANGE = tl.constexpr(20.0)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _FINISHED = 32
 
 
 @triton.jit
-def _expm1(u):
-    """exp(u) - 1 of float32, |u| <= 20."""
-    small = 1 + u * (1 / 7) * (1 + u * (1 / 8))
-    small = 1 + u * (1 / 5) * (1 + u * (1 / 6) * small)
-    small = u * (1 + u * (1 / 2) * (1 + u * (1 / 3) * (1 + u * (1 / 4) * small)))
-    return tl.where(tl.abs(u) < 0.5, small, tl.exp2(u * _LOG2E) - 1.0)
+def _beyond(u):
+    """exp(u) - 1 - u of float32, |u| <= 20."""
+    high = 1 + u * (1 / 6) * (1 + u * (1 / 7) * (1 + u * (1 / 8) * (1 + u * (1 / 9))))
+    small = u * u * (1 / 2) * (1 + u * (1 / 3) * (1 + u * (1 / 4) * (1 + u * (1 / 5) * high)))
+    return tl.where(tl.abs(u) < 0.5, small, tl.exp2(u * _LOG2E) - 1.0 - u)
 
 
 @triton.jit
@@ -76,7 +75,7 @@ def _sums(
     top = tl.full((BB,), float("-inf"), tl.float32)
     far = tl.zeros((BB,), tl.float32)
     total = tl.zeros((BB,), tl.float64)
-    e_sum = tl.zeros((BB, TP), tl.float64)
+    r_sum = tl.zeros((BB, TP), tl.float64)
     ue_sum = tl.zeros((BB, TP), tl.float64)
     ee_sum = tl.zeros((BB, TP), tl.float64)
     p_sum = tl.zeros((BB, TP), tl.float64)
@@ -104,8 +103,9 @@ def _sums(
         far = tl.maximum(far, tl.max(tl.abs(off), axis=1))
         for t in tl.static_range(T):
             u = tl.minimum(tl.maximum(off * inverses[t], -_RANGE), _RANGE)
-            e = _expm1(u)
-            e_sum += _column(t, tl.sum(e, axis=1), at).to(tl.float64)
+            r = _beyond(u)  # alone: sums of e would drown its digits in those of u
+            e = u + r
+            r_sum += _column(t, tl.sum(r, axis=1), at).to(tl.float64)
             ue_sum += _column(t, tl.sum(u * e, axis=1), at).to(tl.float64)
             ee_sum += _column(t, tl.sum(e * e, axis=1), at).to(tl.float64)
             y = tl.where(inside, below * inverses[t], 0.0)
@@ -121,7 +121,7 @@ def _sums(
     tl.store(to, none + centre.to(tl.float64)[:, None], mask=mask)
     tl.store(to + field, none + (stop - start), mask=mask)
     tl.store(to + 2 * field, total[:, None] * inverse.to(tl.float64), mask=mask)
-    tl.store(to + 3 * field, e_sum, mask=mask)
+    tl.store(to + 3 * field, r_sum, mask=mask)
     tl.store(to + 4 * field, ue_sum, mask=mask)
     tl.store(to + 5 * field, ee_sum, mask=mask)
     tl.store(to + 6 * field, (far[:, None] * inverse).to(tl.float64), mask=mask)
@@ -151,7 +151,7 @@ def _finish(
         centre = tl.load(at)
         n = tl.load(at + field)
         u = tl.load(at + 2 * field)
-        e = tl.load(at + 3 * field)
+        e = u + tl.load(at + 3 * field)
         ue = tl.load(at + 4 * field)
         ee = tl.load(at + 5 * field)
         far = tl.load(at + 6 * field)
@@ -165,7 +165,7 @@ def _finish(
             d = (tl.load(other) - centre) / tau
             f, g = tl.exp(d), expm1(d)
             n2, u2 = tl.load(other + field), tl.load(other + 2 * field)
-            e2, ue2 = tl.load(other + 3 * field), tl.load(other + 4 * field)
+            e2, ue2 = u2 + tl.load(other + 3 * field), tl.load(other + 4 * field)
             ee2 = tl.load(other + 5 * field)
             n += n2
             u += u2 + n2 * d

@@ -44,11 +44,18 @@ def inverse_norms(x, stride, rows, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def round_tf32(x):
-    """float32 with 10 bits of mantissa, to nearest even: the matrix unit would cut the rest off."""
+def _without_bits(x, COUNT: tl.constexpr):
+    """float32 rounded to nearest even with the last COUNT bits of its mantissa zero."""
     bits = x.to(tl.int32, bitcast=True)
-    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -8192
+    half: tl.constexpr = (1 << (COUNT - 1)) - 1
+    bits = (bits + half + ((bits >> COUNT) & 1)) & -(1 << COUNT)
     return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def round_tf32(x):
+    """float32 with 10 bits of mantissa: the matrix unit would cut the others off."""
+    return _without_bits(x, 13)
 
 
 @triton.jit
@@ -61,6 +68,8 @@ def low_half(x, high):
 def as_operand(x, MODE: tl.constexpr):
     """``x`` as it is multiplied (fp16x3: its high half)."""
     if MODE == "bf16":
+        if _INTERPRETED:  # which cuts off what the processor rounds
+            x = _without_bits(x.to(tl.float32), 16)
         y = x.to(tl.bfloat16)
     elif MODE == "tf32":
         y = round_tf32(x.to(tl.float32))
