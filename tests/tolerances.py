@@ -28,3 +28,7 @@ SCORE_BESIDE_EAGER_RTOL = 1e-6
 # Rows a Triton kernel divides by their norms against float64, besides the rounding to the operand's
 # type: a float32 sum of squares, a root, a quotient and a product. Worst seen: see below.
 TRITON_NORM_RTOL = 5e-7
+
+# Cosines by tiles of a Triton kernel against float64 products of the rounded rows: a float32 sum
+# over D, and a norm. Worst seen: see below.
+TRITON_COSINE_ATOL = 1e-6
