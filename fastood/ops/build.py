@@ -31,6 +31,7 @@ __all__ = [
     "build_folder",
     "cpu_extension",
     "csrc_folder",
+    "cuda_extension",
     "define_key",
     "flags_for",
     "instruction_set",
@@ -65,21 +66,35 @@ _CFLAGS = (
 # called (libgomp.so.1, libgomp-a34b3233.so.1, or the libomp of conda, which has the same names).
 _LDFLAGS: tuple[str, ...] = ()
 
+# For nvcc. One architecture a library, by its machine code alone: a build is found by the
+# architecture of a device, and what was never compiled for it should not be translated silently.
+# -Xptxas -v: registers and spills are in every log, where the tests look. No --use_fast_math: see
+# above. The CUDA runtime is linked in (nvcc's default): the library then fits any torch.
+_NVCC_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-Xptxas",
+    "-v",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas",
+)
+
 
 @dataclass(frozen=True)
 class Extension:
-    """A pybind11 module to compile.
+    """A library to compile: a pybind11 module, or with ``arch`` plain functions by nvcc.
 
     Args:
-        name: its name within ``fastood``, as ``PyInit_<name>`` has it.
+        name: its name within ``fastood``, as ``PyInit_<name>`` of a module has it.
         sources: the files to compile; no two may share a name, their objects lie in one folder.
         headers: files the sources include; part of the key, as are the sources.
         include: folders in which headers are found.
         cflags: for the compiler.
         ldflags: for the linker.
+        arch: the GPU architecture it is for, ``9.0``; it then depends on neither torch nor Python.
 
     Raises:
-        ValueError: if two sources share a name.
+        ValueError: if two sources share a name, or ``arch`` is no architecture.
     """
 
     name: str
@@ -88,11 +103,16 @@ class Extension:
     include: tuple[Path, ...] = ()
     cflags: tuple[str, ...] = ()
     ldflags: tuple[str, ...] = ()
+    arch: str = ""
 
     def __post_init__(self) -> None:
         names = [source.stem for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"sources: expected files of different names, got {sorted(names)}")
+        if self.arch and not re.fullmatch(r"\d+\.\d[a-z]?", self.arch):
+            raise ValueError(
+                f"arch: expected a compute capability such as 8.0 or 9.0, got {self.arch!r}"
+            )
 
     @property
     def label(self) -> str:
@@ -130,12 +150,38 @@ def cpu_extension(csrc: Path | None = None) -> Extension:
     )
 
 
+def cuda_extension(arch: str, csrc: Path | None = None) -> Extension:
+    """The CUDA kernels, every ``csrc/cuda/*.cu``, for one architecture.
+
+    Args:
+        arch: the compute capability of the device, ``8.0``, ``9.0``, ...
+
+    Raises:
+        FileNotFoundError: if the sources are not there.
+        ValueError: if ``arch`` is no compute capability.
+    """
+    folder = (csrc_folder() if csrc is None else csrc) / "cuda"
+    sources = tuple(sorted(folder.glob("*.cu")))
+    if not sources:
+        raise FileNotFoundError(2, "no CUDA sources of fastood", str(folder))
+    number = arch.replace(".", "")
+    return Extension(
+        name="_cuda",
+        sources=sources,
+        headers=tuple(sorted([*folder.glob("*.h"), *folder.glob("*.cuh")])),
+        include=(folder,),
+        cflags=(*_NVCC_FLAGS, "-gencode", f"arch=compute_{number},code=sm_{number}"),
+        arch=arch,
+    )
+
+
 def key(extension: Extension) -> str:
     """20 hexadecimal digits that change with whatever a build depends on.
 
     Sources and headers (name and content, not place: a wheel and a checkout agree), flags, torch,
-    Python, platform, C library and CPU instruction set. Not the compiler: a finished build keeps
-    working after its compiler has gone. Torch is not imported for it.
+    Python, platform, C library and CPU instruction set; of one with ``arch``, that instead of
+    torch, Python and the instruction set. Not the compiler: a finished build keeps working after
+    its compiler has gone. Torch is not imported for it.
 
     Raises:
         OSError: if a source cannot be read.
@@ -148,7 +194,11 @@ def key(extension: Extension) -> str:
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)
 
-    add(str(_FORMAT), extension.name, *torch_version(), *_python(), *_platform(), instruction_set())
+    add(str(_FORMAT), extension.name, *_platform())
+    if extension.arch:
+        add("arch", extension.arch)
+    else:
+        add(*torch_version(), *_python(), instruction_set())
     add("cflags", *extension.cflags, "ldflags", *extension.ldflags)
     for kind, files in (("sources", extension.sources), ("headers", extension.headers)):
         add(kind)
@@ -168,7 +218,7 @@ def flags_for(extension: Extension, compiler: str) -> list[str]:
     Clang's OpenMP calls another runtime than torch's, whose threads torch does not know: without
     ``-fopenmp``, ``csrc/parallel.h`` starts torch's own.
     """
-    if "clang" not in compiler:
+    if extension.arch or "clang" not in compiler:
         return list(extension.cflags)
     return [flag for flag in extension.cflags if flag not in ("-fopenmp", "-Wno-psabi")]
 

@@ -2,7 +2,7 @@
 
 ``build`` looks for a finished build, takes the lock, looks again, and has a second Python
 (``python -m fastood.ops.compile <folder>``) compile in a private folder, through
-``torch.utils.cpp_extension``. That process also loads the result, so that a library which does not
+``torch.utils.cpp_extension`` or, for a GPU, by nvcc itself. That process also loads the result, so that a library which does not
 load is an error there and never becomes the finished build; this one then loads it exactly once,
 which matters because operators register while it loads. The private folder is renamed when
 everything is in it.
@@ -35,6 +35,7 @@ from fastood.ops.build import (
     version_of,
 )
 from fastood.ops.buildstore import BuildStore, Built, unwritable
+from fastood.ops.nvcc import compile_library, find_nvcc, nvcc_version
 
 __all__ = ["Built", "build", "find_compiler"]
 
@@ -51,7 +52,7 @@ def build(extension: Extension, *, folder: Path, force: bool = False) -> Built:
     found = None if force else store.find(wanted)
     if found is not None:
         return found
-    compiler = find_compiler(extension.label)
+    compiler = find_nvcc() if extension.arch else find_compiler(extension.label)
     asked = time.time()
     note = f"waiting for fastood's {_label(extension)} kernels, which another process compiles"
     with store.lock(waiting=lambda: _say(note)):
@@ -95,9 +96,10 @@ def _compile(
     extension: Extension, wanted: str, compiler: str, store: BuildStore, scratch: Path
 ) -> Built:
     log = scratch / "build.log"
-    _say(f"compiling fastood's {_label(extension)} kernels, once, about 30 s: log {log}")
+    takes = "a minute" if extension.arch else "30 s"
+    _say(f"compiling fastood's {_label(extension)} kernels, once, about {takes}: log {log}")
     start = time.monotonic()
-    version = version_of(compiler)
+    version = nvcc_version(compiler) if extension.arch else version_of(compiler)
     cflags = flags_for(extension, version)
     task = {
         "name": extension.name,
@@ -105,6 +107,7 @@ def _compile(
         "include": [str(folder) for folder in extension.include],
         "cflags": [*cflags, define_key(wanted)],
         "ldflags": list(extension.ldflags),
+        "nvcc": compiler if extension.arch else None,
     }
     (scratch / "task.json").write_text(json.dumps(task), encoding="utf-8")
     code = _run(scratch, log, compiler)
@@ -122,9 +125,7 @@ def _compile(
     info: dict[str, Any] = {
         "key": wanted,
         "fastood": __version__,
-        "torch": torch_version()[0],
-        "python": sys.version.split()[0],
-        "instruction_set": instruction_set(),
+        **_made_for(extension),
         "compiler": version,
         "cflags": cflags,
         "ldflags": list(extension.ldflags),
@@ -136,6 +137,16 @@ def _compile(
         if file not in (library, log):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     return store.publish(scratch, library.name, info)
+
+
+def _made_for(extension: Extension) -> dict[str, str]:
+    if extension.arch:
+        return {"arch": extension.arch}
+    return {
+        "torch": torch_version()[0],
+        "python": sys.version.split()[0],
+        "instruction_set": instruction_set(),
+    }
 
 
 def _run(scratch: Path, log: Path, compiler: str) -> int:
@@ -216,6 +227,7 @@ def _failed(label: str, reason: str, log: Path) -> str:
 
 _CAUSES = (
     re.compile(r"^(?:.*?: )?((?:fatal )?error: .+)$", re.MULTILINE),  # gcc, clang, ninja
+    re.compile(r"^((?:nvcc|ptxas) (?:fatal|error)\s*: .+)$", re.MULTILINE),
     re.compile(r"^.*?(undefined (?:symbol|reference).+)$", re.MULTILINE),
     re.compile(r"^((?:/bin/)?sh: .+)$", re.MULTILINE),
     re.compile(r"^(?!Runtime|subprocess)((?:\w+\.)*\w*Error: .+)$", re.MULTILINE),  # Python
@@ -236,7 +248,7 @@ def _reason(log: Path, code: int) -> str:
 
 
 def _label(extension: Extension) -> str:
-    return extension.label.upper()
+    return " ".join([extension.label.upper(), *([extension.arch] if extension.arch else [])])
 
 
 def _say(text: str) -> None:
@@ -255,9 +267,14 @@ def _child(folder: Path) -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
+    task = json.loads((folder / "task.json").read_bytes())
+    if task["nvcc"]:
+        compile_library(task, folder)
+        (folder / "result.json").write_text("{}", encoding="utf-8")
+        return
+
     from torch.utils import cpp_extension
 
-    task = json.loads((folder / "task.json").read_bytes())
     module = cpp_extension.load(
         task["name"],
         task["sources"],
