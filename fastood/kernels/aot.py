@@ -1,7 +1,7 @@
 """Compiles every committed configuration without a GPU, and says what each needs of one.
 
     python -m fastood.kernels.aot [--arch 80] [--arch 90] [--family rows] [--precision fp16]
-        [--jobs 2] [--json FILE]
+        [--width 512] [--calls 2] [--jobs 2] [--json FILE]
 
 Signatures are not written down a second time. Each family's own launchers are called with tensors
 of the CPU while a stand-in for the driver names the GPU: arguments go through Triton's own binder,
@@ -17,12 +17,13 @@ it before the first underscore) has to define for this::
         for c in (1, 2, 4, 8):
             yield f"c={c}", partial(statistics, image, text, taus=(0.01,), c=c, ...)
 
-that is: a label and a call for everything public that launches another kernel, or the same one with
-other constants, at the sizes the entry is for: ``rows`` images (or B P patches) of ``width``, and
-as many classes as it takes for every splitting and merging kernel (1,000 will do). The calls
-take plain CPU tensors, uninitialised ones are good enough (nothing is computed: outputs keep what
-``torch.empty`` left in them, so nothing may depend on their values); ``pick`` answers from the
-table and ``processors`` as on an A100 or H100. Entries that no call picks are reported.
+that is, the most demanding first: a label and a call for everything public that launches another
+kernel, or the same one with other constants, at the sizes the entry is for: ``rows`` images (or
+B P patches) of ``width``, and as many classes as it takes for every splitting and merging kernel
+(1,000 will do). The calls take plain CPU tensors, uninitialised ones are good enough (nothing is
+computed: outputs keep what ``torch.empty`` left in them, so nothing may depend on their values);
+``pick`` answers from the table and ``processors`` as on an A100 or H100. Entries that no call picks
+are reported.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from unittest import mock
@@ -59,6 +61,7 @@ __all__ = ["SHARED", "Compiled", "Unit", "compile_all", "compile_unit", "recordi
 SHARED = {80: 166_912, 90: 232_448}
 """Shared memory of one block, bytes, by compute capability."""
 
+_SHARED_OF_PROCESSOR = {80: 167_936, 90: 233_472}  # of which each program takes 1 KiB more
 _PROCESSORS = {80: 108, 90: 132}
 _WIDTHS = (512, 768)
 _WIDEST = 1024  # for families whose entries differ by width
@@ -120,14 +123,24 @@ class Compiled:
         return found
 
     @property
+    def resident(self) -> int:
+        """Programs that fit a processor side by side: its registers, shared memory and threads."""
+        threads = 32 * self.warps
+        if not threads:
+            return 0
+        registers = -(-self.registers // 8) * 8
+        of_shared = _SHARED_OF_PROCESSOR[self.arch] // (self.shared + 1024)
+        return min(32, 2048 // threads, 65536 // (registers * threads), of_shared)
+
+    @property
     def line(self) -> str:
         """For people."""
         mix = " ".join(f"{k} {v}" for k, v in self.instructions.items() if v)
         return (
             f"sm_{self.arch} {self.family} {self.precision} D={self.width} {self.label}: "
             f"{self.kernel} {tuple(self.config)} warps {self.warps} stages {self.stages} "
-            f"shared {self.shared} registers {self.registers} {mix} ({self.seconds:.1f} s)"
-            + "".join(f"\n    !! {problem}" for problem in self.problems)
+            f"shared {self.shared} registers {self.registers} resident {self.resident} {mix} "
+            f"({self.seconds:.1f} s)" + "".join(f"\n    !! {problem}" for problem in self.problems)
         )
 
 
@@ -199,10 +212,11 @@ def _global_scores(precision: Precision, rows: int, width: int) -> Iterator[Call
         label = f"{image.dtype} c={c} taus={len(taus)}".replace("torch.", "")
         return label, partial(family.scores, requests, image, text, **options)
 
-    yield from (delta(own, c) for c in (1, 2, 4, 8))
+    yield delta(own, 8)
     yield delta(own, 1, (0.01, 0.1, 1.0, 2.0))
+    yield from (delta(own, c) for c in (1, 2, 4))
     if own.dtype != torch.float32:  # asked for with float32 features
-        yield from (delta(own.float(), c) for c in (1, 8))
+        yield from (delta(own.float(), c) for c in (8, 1))
     statistics = partial(family.statistics, own, text, taus=(0.01,), normalize=True)
     yield "statistics", partial(statistics, c=2, moments=False)
     yield "moments", partial(statistics, c=1, moments=True)
@@ -214,7 +228,7 @@ def _given_scores(precision: Precision, rows: int, width: int) -> Iterator[Call]
     from fastood.ops.requests import Kind, Request
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for c in (1, 8):
+        for c in (8, 1):
             requests = (Request(Kind.DELTA_ENERGY, 0.01, c), Request(Kind.NEG_ENTROPY, 1.0))
             similarity = torch.empty(rows, width, dtype=dtype)
             label = f"{dtype} c={c}".removeprefix("torch.")
@@ -261,8 +275,8 @@ def units(
     return found
 
 
-def compile_unit(unit: Unit) -> list[Compiled]:
-    """Every kernel that the calls of the unit's family launch."""
+def compile_unit(unit: Unit, calls: int | None = None) -> list[Compiled]:
+    """Every kernel that the calls of the unit's family launch, or the first ``calls`` of them."""
     entry = unit.entry
     precision = cast(Precision, entry.precision)
     found: dict[str, Compiled] = {}
@@ -299,9 +313,9 @@ def compile_unit(unit: Unit) -> list[Compiled]:
         return config
 
     try:
-        calls = _specialisations(entry.family)(precision, unit.rows, unit.width)
+        every = _specialisations(entry.family)(precision, unit.rows, unit.width)
         with recording(unit.arch, seen), mock.patch.object(configs, "_entry", noted):
-            for label, call in calls:  # noqa: B007
+            for label, call in islice(every, calls):  # noqa: B007
                 call()
         if entry.config not in picked:
             found["unpicked"] = new(error="no call picks this entry")
@@ -345,16 +359,19 @@ def _tool(name: str) -> str:
     return str(path) if path.exists() else name
 
 
-def compile_all(work: Sequence[Unit], jobs: int = 1) -> Iterator[Compiled]:
+def compile_all(
+    work: Sequence[Unit], jobs: int = 1, calls: int | None = None
+) -> Iterator[Compiled]:
     """The units' kernels, each once."""
+    one = partial(compile_unit, calls=calls)
     digests = set()
     with ExitStack() as stack:
         if jobs > 1:
             context = multiprocessing.get_context("spawn")
             pool = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=context))
-            results: Iterable[list[Compiled]] = pool.map(compile_unit, work)
+            results: Iterable[list[Compiled]] = pool.map(one, work)
         else:
-            results = map(compile_unit, work)
+            results = map(one, work)
         for result in results:
             for compiled in result:
                 if not compiled.digest or compiled.digest not in digests:
@@ -369,6 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED))
     parser.add_argument("--family", action="append", default=[])
     parser.add_argument("--precision", action="append", default=[])
+    parser.add_argument("--width", type=int, action="append", default=[])
+    parser.add_argument("--calls", type=int, help="only the first, most demanding ones")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -376,7 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 turns kernels into NumPy: unset it")
     found = []
     work = units(options.arch or (80, 90), options.family, options.precision)
-    for compiled in compile_all(work, options.jobs):
+    work = [unit for unit in work if unit.width in (options.width or [unit.width])]
+    for compiled in compile_all(work, options.jobs, options.calls):
         print(compiled.line, flush=True)
         found.append(compiled)
     failed = sum(bool(compiled.problems) for compiled in found)
