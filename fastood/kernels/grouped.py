@@ -36,7 +36,7 @@ __all__ = ["Columns", "columns", "scores", "specialisations", "sums"]
 _PIECE = 512
 """Columns of a piece at most: splits are balanced to half of this."""
 _SCRATCH = 64 << 20
-"""Bytes of (shift, z) at a time: more rows are done in turn. 4,096 × 11,000 in 100 groups: 3.4 MB."""
+"""Bytes of (shift, z) at a time, more rows are done in turn; 4,096 rows and 100 groups: 3.4 MB."""
 _CAREFUL_TAU = 0.004
 """Below this CLIP's cosines spread over more than 2^-64 of a sum in almost every tile."""
 _FINISHED = (16, 32)  # rows of one program of the second launch, and groups at a time
@@ -51,6 +51,7 @@ class Columns(NamedTuple):
     operand: Operand
     pieces: Tensor
     """(pieces + 1,) int32, on the device: where each begins, and the end of all."""
+    k: int
     of_classes: int
     """Pieces of the classes, the first ones."""
     groups: int
@@ -88,18 +89,20 @@ def columns(text: Tensor, negatives: Tensor, full: int, precision: Precision) ->
         end += size
     pieces = torch.tensor([*begins, end], dtype=torch.int32, device=text.device)
     operand = prepare(rows, precision, normalize=False)
-    return Columns(operand, pieces, of_classes, groups, of_group)
+    return Columns(operand, pieces, k, of_classes, groups, of_group)
 
 
 @triton.jit
-def _pieces_before(pieces, COUNT, column):
-    """How many pieces begin before ``column``."""
-    at = tl.arange(0, 256)
-    found = tl.zeros((256,), tl.int32)
-    for start in range(0, COUNT, 256):
-        begin = tl.load(pieces + start + at, mask=start + at < COUNT, other=2**31 - 1)
-        found += (begin < column).to(tl.int32)
-    return tl.sum(found, axis=0)
+def _share(split, splits, K, N, CLASSES, COUNT):
+    """The first piece of a split: pieces of the classes are of one size, and those of groups.
+
+    Arithmetic, not a search: what Triton derives from a reduction it knows nothing of, not even
+    that rows of classes lie at multiples of D, and would no longer copy them ahead.
+    """
+    column = N.to(tl.int64) * split // splits
+    of_classes = (column * CLASSES + K - 1) // K
+    of_groups = CLASSES + ((column - K) * (COUNT - CLASSES) + N - K - 1) // (N - K)
+    return tl.where(column <= K, of_classes, of_groups).to(tl.int32)
 
 
 @triton.jit
@@ -116,7 +119,7 @@ def _merge(shift, z, other, other_z):
     return high, z * tl.exp2(shift - high) + other_z * tl.exp2(other - high)
 
 
-@triton.jit(do_not_specialize=["B", "COUNT", "careful"])
+@triton.jit(do_not_specialize=["B", "K", "N", "CLASSES", "COUNT", "careful"])
 def _sums(
     x,
     stride,
@@ -125,7 +128,10 @@ def _sums(
     pieces,  # (COUNT + 1,)
     state,  # (2, COUNT, B): shifts and z; a piece's rows side by side, as they are written
     B,
-    COUNT,
+    K,
+    N,  # columns
+    CLASSES,  # pieces of the classes
+    COUNT,  # pieces
     scale,  # log2(e) / tau
     careful,
     D: tl.constexpr,
@@ -139,10 +145,9 @@ def _sums(
     own = tl.program_id(0) * BB + tl.arange(0, BB)
     rows = tl.minimum(own, B - 1)
     # whole pieces for each split, as even as they allow
-    width = tl.load(pieces + COUNT).to(tl.int64)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    first = _pieces_before(pieces, COUNT, width * split // splits)
-    last = _pieces_before(pieces, COUNT, width * (split + 1) // splits)
+    first = _share(split, splits, K, N, CLASSES, COUNT)
+    last = _share(split + 1, splits, K, N, CLASSES, COUNT)
     begin, stop = tl.load(pieces + first), tl.load(pieces + last)
     of_rows = row_scales(x, stride, rows, D, BD, MODE, NORMALIZE)
 
@@ -234,10 +239,10 @@ def _finish(
     total = zero
     for start in range(0, G, BG):
         group = start + tl.arange(0, BG)
-        piece = (CLASSES + tl.minimum(group, G - 1) * EACH)[:, None]
-        theirs, their_z = _load(state, piece, rows[None, :], B, COUNT)
+        of_group = (CLASSES + tl.minimum(group, G - 1) * EACH)[:, None]
+        theirs, their_z = _load(state, of_group, rows[None, :], B, COUNT)
         for j in range(1, EACH):
-            other, other_z = _load(state, piece + j, rows[None, :], B, COUNT)
+            other, other_z = _load(state, of_group + j, rows[None, :], B, COUNT)
             theirs, their_z = _merge(theirs, their_z, other, other_z)
         their_log = tl.log(their_z)
         # shifts first: logits of 1e4 cost no digits
@@ -245,9 +250,9 @@ def _finish(
         share = 1.0 / (1.0 + tl.exp(lead))
         total += tl.sum(tl.where((group < G)[:, None], share, 0.0), axis=0)
         if SUMS:
-            to = lse + rows.to(tl.int64)[None, :] * (G + 1) + 1 + group[:, None]
+            beside = lse + rows.to(tl.int64)[None, :] * (G + 1) + 1 + group[:, None]
             value = theirs * to_log[None, :] + their_log
-            tl.store(to, value, mask=(group < G)[:, None] & (own < B)[None, :])
+            tl.store(beside, value, mask=(group < G)[:, None] & (own < B)[None, :])
     tl.store(score + rows, (total / G).to(tl.float32), mask=own < B)
 
 
@@ -277,6 +282,9 @@ def _run(
         bank.pieces,
         state,
         of.b,
+        bank.k,
+        of.k,
+        bank.of_classes,
         bank.count,
         scale,
         int(tau < _CAREFUL_TAU),
