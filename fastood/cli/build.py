@@ -17,9 +17,22 @@ def build(
     force: Annotated[
         bool, typer.Option("--force", help="Compile even if a finished build is there.")
     ] = False,
+    cuda: Annotated[
+        bool, typer.Option("--cuda", help="The CUDA kernels instead of those for the CPU.")
+    ] = False,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU architectures for --cuda, as 8.0,9.0; by default those of the GPUs here, "
+            "without any 8.0 and 9.0."
+        ),
+    ] = None,
     json: o.Json = False,
 ) -> None:
-    """Compile the CPU kernels now rather than at first use."""
+    """Compile the kernels now rather than at first use."""
+    if cuda or arch is not None:
+        _build_cuda(arch, force=force, json=json)
+        return
     from fastood.ops import loader
 
     before = loader.status()
@@ -49,8 +62,72 @@ def build(
         show.note("the prebuilt kernels fit too and go first")
 
 
+def _build_cuda(arch: str | None, *, force: bool, json: bool) -> None:
+    from fastood.ops import loader
+
+    content: list[dict[str, Any]] = []
+    for wanted in _architectures(arch):
+        before = loader.cuda_status(wanted)
+        start = time.monotonic()
+        built = loader.cuda_build(wanted, force=force)
+        content.append(
+            {
+                "compiled": force or before.path != built.path,
+                "path": str(built.path),
+                "log": str(built.log),
+                **built.info,
+                "took": round(time.monotonic() - start, 1),
+            }
+        )
+        if json:
+            continue
+        if content[-1]["compiled"]:
+            took, compiler = content[-1]["took"], built.info["compiler"]
+            show.line(f"compiled for {wanted} in {took} s with {compiler}")
+        else:
+            show.line(f"nothing to compile for {wanted}")
+        show.line(f"{built.path} ({built.info['bytes'] / 1e6:.1f} MB)")
+    if json:
+        show.print_json(content)
+
+
+def _architectures(asked: str | None) -> list[str]:
+    if asked is not None:
+        return [word.strip() for word in asked.split(",") if word.strip()]
+    return _present() or ["8.0", "9.0"]
+
+
+def _present() -> list[str]:
+    """The architectures of the GPUs of this machine."""
+    import torch
+
+    from fastood.ops import loader
+
+    if not torch.cuda.is_available():
+        return []
+    return sorted({loader.cuda_arch(i) for i in range(torch.cuda.device_count())})
+
+
+def _cuda_kernels() -> list[dict[str, Any]]:
+    """The CUDA kernels for each kind of GPU here (or what is compiled already); builds nothing."""
+    from fastood.ops import loader
+
+    here = _present()
+    content = []
+    for arch in here or ["8.0", "9.0"]:
+        found = loader.cuda_status(arch)
+        if not here and found.path is None:
+            continue
+        part: dict[str, Any] = {"arch": arch, "state": found.state, "why": found.why}
+        if found.path is not None:
+            part |= {"path": str(found.path)}
+            part |= {n: found.info[n] for n in ("bytes", "compiler") if n in found.info}
+        content.append(part)
+    return content
+
+
 def kernels() -> dict[str, Any]:
-    """What runs the scores on the CPU and why, for ``fastood info``; compiles nothing."""
+    """What runs the scores and why, for ``fastood info``; compiles nothing."""
     from fastood.errors import BuildError
     from fastood.ops import loader
     from fastood.ops.dispatch import asked
@@ -89,6 +166,7 @@ def kernels() -> dict[str, Any]:
             content[name] = found.info[name]
     if found.info.get("compiler"):
         content["compiler"] = found.info["compiler"]
+    content["cuda"] = _cuda_kernels()
     return content
 
 
@@ -104,4 +182,7 @@ def kernel_lines(content: dict[str, Any]) -> list[str]:
         size = f", {content['bytes'] / 1e6:.1f} MB" if "bytes" in content else ""
         compiler = f", {content['compiler']}" if content.get("compiler") else ""
         lines.append(f"{content['path']}{size}{compiler}")
+    for part in content["cuda"]:
+        where = f", {part['path']}" if "path" in part else ""
+        lines.append(f"CUDA {part['arch']}: {part['state']} ({part['why']}){where}")
     return lines

@@ -2,10 +2,10 @@
 
 ``build`` looks for a finished build, takes the lock, looks again, and has a second Python
 (``python -m fastood.ops.compile <folder>``) compile in a private folder, through
-``torch.utils.cpp_extension`` or, for a GPU, by nvcc itself. That process also loads the result, so that a library which does not
-load is an error there and never becomes the finished build; this one then loads it exactly once,
-which matters because operators register while it loads. The private folder is renamed when
-everything is in it.
+``torch.utils.cpp_extension`` or, for a GPU, by nvcc itself. That process also loads the result, so
+that a library which does not load is an error there and never becomes the finished build; this one
+then loads it exactly once, which matters because operators register while it loads. The private
+folder is renamed when everything is in it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The compiled kernels of this process: prebuilt, else built earlier, else compiled now.
 
-``cpu()`` raises when there are none, ``try_cpu()`` warns once and returns None. Either way the
-answer is settled once a process: a module that was loaded stays, a failure is not tried again.
-Importing this module does nothing.
+``cpu()`` and ``cuda()`` raise when there are none, ``try_cpu()`` and ``try_cuda()`` warn once and
+return None. Either way the answer is settled once a process (and GPU architecture): what was
+loaded stays, a failure is not tried again. Importing this module does nothing.
 """
 
 from __future__ import annotations
@@ -20,16 +20,32 @@ from types import ModuleType
 from typing import Any
 
 from fastood.errors import BuildError
+from fastood.ops import cudalib
 from fastood.ops.build import KEY_MARK, Extension, build_folder, cpu_extension, key
 from fastood.ops.buildstore import BuildStore, Built
+from fastood.ops.cudalib import Library, cuda_build
 
-__all__ = ["Status", "baked_key", "cpu", "cpu_build", "status", "try_cpu"]
+__all__ = [
+    "Status",
+    "baked_key",
+    "cpu",
+    "cpu_build",
+    "cuda",
+    "cuda_arch",
+    "cuda_build",
+    "cuda_status",
+    "may_compile",
+    "status",
+    "try_cpu",
+    "try_cuda",
+]
 
 _module: ModuleType | None = None
 _where: tuple[str, Path] | None = None  # "prebuilt" or "built", and the library
 _failure: str | None = None
 _refused: str | None = None
 _warned = False
+_warned_of: set[str] = set()  # GPU architectures
 _lock = threading.Lock()
 
 
@@ -56,6 +72,40 @@ def try_cpu() -> ModuleType | None:
     except BuildError as error:
         if not _warned:
             _warned = True
+            warnings.warn(f"{error}", RuntimeWarning, stacklevel=2)
+        return None
+
+
+def cuda_arch(device: int | None = None) -> str:
+    """The architecture of a CUDA device, ``9.0``; of the current one by default.
+
+    Raises:
+        BuildError: if there is no such device.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BuildError("cuda kernels: torch finds no CUDA device here")
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def cuda(device: int | None = None, *, arch: str | None = None) -> Library:
+    """The CUDA kernels for a device (or architecture), compiled at the first call on this machine.
+
+    Raises:
+        BuildError: if there are none and none can be made; from then on at every call.
+    """
+    return cudalib.load(cuda_arch(device) if arch is None else arch)
+
+
+def try_cuda(device: int | None = None, *, arch: str | None = None) -> Library | None:
+    """The same, or None after one warning for an architecture, with reason and remedy."""
+    try:
+        return cuda(device, arch=arch)
+    except BuildError as error:
+        if str(error) not in _warned_of:
+            _warned_of.add(str(error))
             warnings.warn(f"{error}", RuntimeWarning, stacklevel=2)
         return None
 
@@ -118,7 +168,7 @@ def _load() -> tuple[tuple[str, Path], ModuleType]:
     store = BuildStore(build_folder(), extension.label)
     built = store.find(wanted)
     if built is None:
-        if not _may_compile():
+        if not may_compile():
             raise BuildError(
                 f"{extension.label} kernels: not compiled yet, and FASTOOD_JIT=0 forbids it at "
                 "first use; run fastood build, or unset FASTOOD_JIT"
@@ -187,7 +237,8 @@ def baked_key(library: Path) -> str | None:
         return None
 
 
-def _may_compile() -> bool:
+def may_compile() -> bool:
+    """Whether ``FASTOOD_JIT`` lets kernels be compiled at first use."""
     return os.environ.get("FASTOOD_JIT", "1").strip() != "0"
 
 
@@ -247,7 +298,7 @@ def status() -> Status:
         kind, path, info = found
         why = "installed with fastood" if kind == "prebuilt" else "compiled earlier"
         return Status("ready", why + aside, kind, path, wanted, info)
-    if not _may_compile():
+    if not may_compile():
         why = "not compiled, and FASTOOD_JIT=0 forbids it at first use; run fastood build"
         return Status("unavailable", why + aside, key=wanted)
     from fastood.ops.compile import find_compiler
@@ -260,10 +311,37 @@ def status() -> Status:
     return Status("to compile", why, key=wanted)
 
 
+def cuda_status(arch: str) -> Status:
+    """What devices of ``arch`` use or would use, and why; compiles and loads nothing."""
+    try:
+        wanted = cudalib.own_key(arch)
+        built = cudalib.find_cuda(arch)
+    except BuildError as error:
+        return Status("unavailable", str(error))
+    loaded = cudalib.settled(arch)
+    if isinstance(loaded, str):
+        return Status("unavailable", loaded, key=wanted)
+    if built is not None:
+        state = "ready" if loaded is None else "loaded"
+        why = "built" if loaded is not None else "compiled earlier"
+        return Status(state, why, "built", built.path, wanted, built.info)
+    if not may_compile():
+        why = "not compiled, and FASTOOD_JIT=0 forbids it at first use; run fastood build --cuda"
+        return Status("unavailable", why, key=wanted)
+    from fastood.ops.nvcc import find_nvcc
+
+    try:
+        nvcc = find_nvcc()
+    except BuildError as error:
+        return Status("unavailable", str(error), key=wanted)
+    return Status("to compile", f"compiled at first use, with {nvcc}", key=wanted)
+
+
 def _after_fork() -> None:
     """Another thread of the parent may have held the lock, and will not let go of it here."""
     global _lock
     _lock = threading.Lock()
+    cudalib.after_fork()
 
 
 if hasattr(os, "register_at_fork") and sys.platform != "win32":
