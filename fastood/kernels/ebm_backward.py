@@ -48,7 +48,7 @@ from fastood.kernels.precision import Precision
 __all__ = ["gradient_of_image", "gradient_of_text", "specialisations"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_WIDEST = 256
+_WIDEST = 128
 
 
 def gradient_of_text(
@@ -179,28 +179,42 @@ def _of_text(
         )  # fmt: skip
         best = tl.load(at + BEST * B).to(tl.int32, bitcast=True)
         y = tl.load(labels + rows.to(tl.int64) * label_stride).to(tl.int32)
-        is_best = (own[:, None] == best[None, :]) & here[None, :]
+        is_best = own[:, None] == best[None, :]
         is_label = own[:, None] == y[None, :]
         g = _of_logits(s, is_best, is_label, saved, rows, inverse_size, inverse_tau, B, False)
         g = tl.where(here[None, :], g, 0.0)
-        edited = tl.load(at + EDITED * B) * inverse_size
-        changed = tl.load(at + CHANGED * B)
-        along += tl.sum(g * s + tl.where(is_best, (edited * changed)[None, :], 0.0), axis=1)
-
+        along += tl.sum(g * s, axis=1)
         unit = image + rows.to(tl.int64)[:, None] * image_stride + k[None, :]
         unit = tl.load(unit, mask=in_width, other=0.0).to(tl.float32) * scales[:, None]
         acc, rest = multiply(g, unit, acc, rest, MODE)
-        # the class that decides on the mask, for those images whose best class is here
-        needed = (best >= tl.program_id(0) * M) & (best < tl.program_id(0) * M + M)
+    # the edited similarities, in a loop of their own: both at once take too many registers
+    for start in range(0, B, N):
+        images = start + tl.arange(0, N)
+        rows = tl.minimum(images, B - 1)
+        at = saved + rows
+        best = tl.load(at + BEST * B).to(tl.int32, bitcast=True)
+        best = tl.where(images < B, best, -1)
+        is_best = own[:, None] == best[None, :]
+        edited = tl.load(at + EDITED * B) * inverse_size
+        changed = tl.load(at + CHANGED * B)
+        along += tl.sum(tl.where(is_best, (edited * changed)[None, :], 0.0), axis=1)
+        factors = edited * tl.load(at + INVERSE * B)
+        if RENORM:
+            factors *= tl.load(at + SCALE * B)
         decides = best
         if BY_LABEL:
+            y = tl.load(labels + rows.to(tl.int64) * label_stride).to(tl.int32)
             decides = tl.minimum(tl.maximum(y, 0), K - 1)
+        # only of those images whose best class is here
+        first = tl.program_id(0) * M
+        needed = ((best >= first) & (best < first + M))[:, None] & in_width
+        masked = image + rows.to(tl.int64)[:, None] * image_stride + k[None, :]
+        masked = tl.load(masked, mask=needed, other=0.0)
         other = text + decides.to(tl.int64)[:, None] * text_stride + k[None, :]
-        other = tl.load(other, mask=needed[:, None] & in_width, other=0.0)
-        masked = tl.where(same_sign(unit, other), unit, 0.0)
-        if RENORM:
-            masked *= tl.load(at + SCALE * B)[:, None]
-        acc, rest = multiply(is_best.to(tl.float32), masked * edited[:, None], acc, rest, MODE)
+        other = tl.load(other, mask=needed, other=0.0)
+        masked = tl.where(same_sign(masked, other), masked, 0.0).to(tl.float32)
+        masked = masked * factors[:, None]
+        acc, rest = multiply(is_best.to(tl.float32), masked, acc, rest, MODE)
     acc = summed(acc, rest, MODE)
     if NORMALIZE_TEXT:
         unit = text + classes.to(tl.int64)[:, None] * text_stride + k[None, :]

@@ -57,8 +57,8 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     config = pick("ebm", options.precision, rows=b, width=d)
     splits = splits_for(config, b, k, device)
     # a split less may do where tiles do not divide evenly
-    tiles = -(-(-(-k // config.columns)) // splits)
-    splits = -(-k // (tiles * config.columns))
+    tiles = triton.cdiv(triton.cdiv(k, config.columns), splits)
+    splits = triton.cdiv(k, tiles * config.columns)
     loss = torch.empty((), dtype=torch.float32, device=device)
     diagnostics = torch.empty(2, dtype=torch.float32, device=device)
     saved = torch.empty((FIELDS + 4 * splits) * b + k + SCALARS, dtype=torch.float32, device=device)
