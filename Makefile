@@ -1,4 +1,4 @@
-.PHONY: fmt lint test bench smoke wheel
+.PHONY: fmt lint test bench gpu smoke wheel
 
 fmt:
 	ruff format fastood tests bench examples
@@ -14,6 +14,9 @@ test:
 
 bench:
 	pytest bench --benchmark-only
+
+gpu:
+	bench/gpu.sh
 
 smoke:
 	FASTOOD_BENCH_SMOKE=1 pytest bench --benchmark-only --benchmark-max-time=0.05 \

@@ -101,7 +101,8 @@ test_file() {
 # files may need packages that are not here. What is compiled for other GPUs is not tested here.
 gpu_tests() {
     { find tests/kernels tests/cuda -name 'test_*.py' ! -name '*aot*' 2>/dev/null
-      grep -rl 'mark\.gpu' tests --include='test_*.py'; } | sort -u |
+      grep -rl 'mark\.gpu' tests/{detectors,metrics,ops,scores,tuning} --include='test_*.py'; } |
+        sort -u |
         xargs -P "$(($(nproc) > 8 ? 6 : 1))" -n 1 bash -c 'test_file "$0"'
 }
 

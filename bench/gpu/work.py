@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -54,10 +55,13 @@ class Work:
     judge: Callable[[Any, Sequence[Tensor], Bound], Accuracy] | None = None
 
     def check(self, result: Any, truth: Sequence[Tensor], bound: Bound | None) -> Accuracy:
-        allowed = bound or Bound(float("inf"), float("inf"))
+        """How far ``result`` is from ``truth``; without a bound nothing is wrong, only measured."""
+        allowed = bound or Bound(0.0)
         if self.judge is not None:
-            return self.judge(result, truth, allowed)
-        return compare(self.parts(result), truth, allowed)
+            found = self.judge(result, truth, allowed)
+        else:
+            found = compare(self.parts(result), truth, allowed)
+        return found if bound is not None else dataclasses.replace(found, wrong=None)
 
 
 def precisions(kind: str) -> list[tuple[str, str | None, str]]:
