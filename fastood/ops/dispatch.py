@@ -23,6 +23,7 @@ __all__ = [
     "fall_back",
     "operator_precision",
     "refuse_cuda",
+    "triton_refuses",
 ]
 
 Impl = Literal["reference", "cpu", "triton", "cuda"]
@@ -77,7 +78,7 @@ def _open(tensors: list[Tensor]) -> Impl:
         if x.dtype == torch.float64 or not (x.is_cpu or x.is_cuda):
             return "reference"
         on_gpu = x.is_cuda
-        if on_gpu and _triton_refuses(x.device.index) is not None:
+        if on_gpu and triton_refuses(x.device.index) is not None:
             return "reference"
     if _transformed():
         return "reference"
@@ -100,7 +101,7 @@ def _check_demanded(name: Impl, source: str, tensors: list[Tensor]) -> None:
         if name == "triton":
             if not (x.is_cuda or (x.is_cpu and _interpreted())):
                 raise ValueError(f"{source}: 'triton' takes CUDA tensors, got one on {x.device}")
-            refused = _triton_refuses(x.device.index if x.is_cuda else None)
+            refused = triton_refuses(x.device.index if x.is_cuda else None)
             if refused is not None:
                 raise ValueError(f"{source}: 'triton' is not to be had here: {refused}")
     if _transformed():
@@ -120,7 +121,7 @@ def _where(found: Impl, tensors: list[Tensor]) -> str:
     if tensors and tensors[0].is_cpu:
         return "the CPU computes"
     if found == "reference" and tensors and tensors[0].is_cuda:
-        refused = _triton_refuses(tensors[0].device.index)
+        refused = triton_refuses(tensors[0].device.index)
         if refused is not None:
             return f"here ({refused}) the reference computes"
     return "the reference computes"
@@ -201,7 +202,7 @@ def _interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _triton_refuses(device: int | None) -> str | None:
+def triton_refuses(device: int | None) -> str | None:
     """Why the Triton kernels cannot run on this GPU (None: on the CPU, interpreted)."""
     return _refusal(device)
 

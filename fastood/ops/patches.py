@@ -36,6 +36,7 @@ def patch_entropy(
     top_k: int,
     tau: float,
     normalize: bool = False,
+    on_gpu: bool = False,
     precision: str = "",
 ) -> PatchTerm:
     """The mean entropy term of ``local (B, P, D)`` over the patches of rank >= ``top_k``.
@@ -46,22 +47,18 @@ def patch_entropy(
 
     Args:
         normalize: divide the patches by their norms. Not for patches that want a gradient.
-        precision: of the product on a GPU, as for ``row_statistics``.
+        on_gpu: by the Triton kernels, in ``precision`` as for ``row_statistics``. They check no rows.
     Raises:
         ValueError: NaN, Inf or zero rows in ``local``; labels outside 0..K-1.
+        KernelError: if a Triton kernel that has been named does not compile.
     """
     graph = torch.is_grad_enabled()
-    value, rank, _, _ = torch.ops.fastood.patch_entropy(
-        local,
-        text,
-        labels,
-        top_k,
-        tau,
-        normalize,
-        graph and text.requires_grad,
-        graph and local.requires_grad,
-        precision,
-    )
+    wanted = graph and text.requires_grad, graph and local.requires_grad
+    arguments = (local, text, labels, top_k, tau, normalize, *wanted, precision)
+    if on_gpu and not any(wanted) and not torch.compiler.is_compiling():
+        value, rank, *_ = _gpu(*arguments)
+    else:
+        value, rank, *_ = torch.ops.fastood.patch_entropy(*arguments)
     return PatchTerm(value, rank)
 
 

@@ -86,10 +86,11 @@ def locoop_loss(
             check_features("local", local, (3,), "(B, P, D)")
         inside = normalize and not (local.requires_grad and torch.is_grad_enabled())
         zl = local if inside else _patches(local, z, normalize)
-        meant = operator_precision(impl, precision, zl, t) if implementation == "triton" else ""
+        on_gpu = implementation == "triton"
+        meant = operator_precision(impl, precision, zl, t) if on_gpu else ""
         # KernelError: only if the kernel was demanded, the operator has its default
         term = patch_entropy(
-            zl, t, y, top_k=top_k, tau=tau, normalize=inside, precision=meant
+            zl, t, y, top_k=top_k, tau=tau, normalize=inside, on_gpu=on_gpu, precision=meant
         ).value
     else:
         term = _patch_term(_patches(local, z, normalize), t, y, tau, top_k)
