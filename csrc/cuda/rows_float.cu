@@ -1,4 +1,4 @@
-#include "rows_kernel.cuh"
+#include "rows_launch.cuh"
 
 namespace fastood {
 

@@ -89,14 +89,16 @@ def similarity_statistics(
     """
     x = _readable(similarity)
     b, t = x.shape[0], len(taus)
+    if not 1 <= c <= x.shape[1]:
+        raise ValueError(f"c: expected 1 <= c <= K = {x.shape[1]}, got {c}")
     job = RowJob.from_buffer_copy(_statistics_job(tuple(taus), c, moments))
-    floats = {"dtype": torch.float32, "device": x.device}
+    device, float32 = x.device, torch.float32
     found = RowStatistics(
-        torch.empty((b, c), **floats),
-        torch.empty((b, c), dtype=torch.int64, device=x.device),
-        torch.empty((b, t), dtype=torch.float64, device=x.device),
-        torch.empty((b, t if moments else 0), **floats),
-        torch.empty((b, t if moments else 0), **floats),
+        torch.empty((b, c), dtype=float32, device=device),
+        torch.empty((b, c), dtype=torch.int64, device=device),
+        torch.empty((b, t), dtype=torch.float64, device=device),
+        torch.empty((b, t if moments else 0), dtype=float32, device=device),
+        torch.empty((b, t if moments else 0), dtype=float32, device=device),
     )
     job.values, job.index, job.rest, job.neg_entropy, job.variance = (
         part.data_ptr() or None for part in found
@@ -163,12 +165,17 @@ def _library(device: int) -> tuple[Library, int]:
     return found
 
 
-def _run(job: RowJob, x: Tensor) -> None:
-    device = x.device.index
-    library, job.multiprocessors = _library(device)
+def _describe(job: RowJob, x: Tensor, multiprocessors: int) -> None:
     job.data = x.data_ptr() or None
     job.B, job.K = x.shape
     job.stride, job.type = x.stride(0), _TYPES[x.dtype]
+    job.multiprocessors = multiprocessors
+
+
+def _run(job: RowJob, x: Tensor) -> None:
+    device = x.device.index
+    library, multiprocessors = _library(device)
+    _describe(job, x, multiprocessors)
     workspace = _workspace(library, job, x) if job.K > _UNSPLIT else None
     if torch.cuda.current_device() == device:
         status = library.rows(ctypes.byref(job), torch._C._cuda_getCurrentRawStream(device))
