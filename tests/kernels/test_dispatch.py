@@ -26,6 +26,7 @@ B, K, D = 6, 7, 16
 IMAGE, TEXT, LABELS = clip_like(B, K, D)
 LOCAL = clip_like(B * 3, K, D, seed=4)[0].view(B, 3, D)
 NEGATIVES = clip_like(1, 10, D, seed=5)[1]
+BANK = ClassBank(TEXT, negatives=NEGATIVES, groups=2, impl="reference")
 
 CALLS = {
     "mcm": lambda z, zl, t, n, y, **o: fastood.mcm(z, t, **o),
@@ -48,7 +49,7 @@ def inputs():
 def on_cuda(mode, *, gradients):
     """The same without values, and a bank of them, as if there were a GPU."""
     given = [mode.from_tensor(x).to("cuda") for x in inputs()]
-    bank = ClassBank(TEXT, negatives=NEGATIVES, groups=2, impl="reference")
+    bank = copy.copy(BANK)
     bank.text = mode.from_tensor(bank.text).to("cuda")
     bank.negatives = mode.from_tensor(bank.negatives).to("cuda")
     for x in (*given[:4], bank.text, bank.negatives):
@@ -289,7 +290,7 @@ def test_where_the_library_is_faster_it_is_taken(monkeypatch, tmp_path):
 def test_the_library_computes_the_same(monkeypatch, device, precision):
     image, text, _ = clip_like(20, 9, 24)
     local = clip_like(12, 9, 24, seed=7)[0].view(4, 3, 24)
-    asked = every_request(9, 0.1)
+    asked = every_request(9, 0.1)[2:6]
     image, text, local = (x.to(device) for x in (image, text, local))
     options = {"impl": "triton", "precision": precision}
     fused = score_rows(asked, image, text, None, classes=True, **options)
