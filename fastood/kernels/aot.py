@@ -56,7 +56,16 @@ from fastood.kernels.configs import Config, Entry
 from fastood.kernels.operands import Operand, prepare
 from fastood.kernels.precision import Precision
 
-__all__ = ["SHARED", "Compiled", "Unit", "compile_all", "compile_unit", "recording", "units"]
+__all__ = [
+    "SHARED",
+    "Compiled",
+    "Unit",
+    "compile_all",
+    "compile_unit",
+    "recording",
+    "specialisations_of",
+    "units",
+]
 
 SHARED = {80: 166_912, 90: 232_448}
 """Shared memory of one block, bytes, by compute capability."""
@@ -126,11 +135,16 @@ class Compiled:
     def resident(self) -> int:
         """Programs that fit a processor side by side: its registers, shared memory and threads."""
         threads = 32 * self.warps
-        if not threads:
+        if not threads * self.registers:
             return 0
         registers = -(-self.registers // 8) * 8
         of_shared = _SHARED_OF_PROCESSOR[self.arch] // (self.shared + 1024)
         return min(32, 2048 // threads, 65536 // (registers * threads), of_shared)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """For programs."""
+        return {**asdict(self), "resident": self.resident, "problems": self.problems}
 
     @property
     def line(self) -> str:
@@ -243,7 +257,8 @@ def family_text(precision: Precision, classes: int, width: int) -> Operand:
 _CALLS: dict[str, Specialisations] = {"rows": _global_scores, "given": _given_scores}
 
 
-def _specialisations(family: str) -> Specialisations:
+def specialisations_of(family: str) -> Specialisations:
+    """The function described above."""
     if family in _CALLS:
         return _CALLS[family]
     for name in (family, family.split("_")[0]):
@@ -313,7 +328,7 @@ def compile_unit(unit: Unit, calls: int | None = None) -> list[Compiled]:
         return config
 
     try:
-        every = _specialisations(entry.family)(precision, unit.rows, unit.width)
+        every = specialisations_of(entry.family)(precision, unit.rows, unit.width)
         with recording(unit.arch, seen), mock.patch.object(configs, "_entry", noted):
             for label, call in islice(every, calls):  # noqa: B007
                 call()
@@ -402,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = sum(bool(compiled.problems) for compiled in found)
     print(f"{len(found)} kernels, {failed} with problems")
     if options.json:
-        text = json.dumps([{**asdict(c), "problems": c.problems} for c in found], indent=1)
+        text = json.dumps([c.record for c in found], indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
     return 1 if failed or not found else 0
 
