@@ -37,3 +37,7 @@ TRITON_COSINE_ATOL = 1e-6
 # of float32 numbers whose squares remain. Worst seen by the CUDA kernels: 1.3e-5; eager float32
 # keeps no digit.
 FLAT_MOMENTS_RTOL = 5e-5
+
+# Weights without their weakest singular directions against a float64 SVD, Frobenius norm relative
+# to the weights'. Worst seen: 3e-8, the rounding of the result to float32 (x86-64 CPU).
+LOW_RANK_RTOL = 1e-5

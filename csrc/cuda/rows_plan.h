@@ -50,7 +50,7 @@ inline RowPlan plan_of(const RowJob& job) {
         return plan;
     }
     plan.threads = plan.block = WIDE;
-    if (job.B > 0 && job.B < 2 * chip && job.K >= 2 * SPLIT_LEAST) {
+    if (job.B > 0 && job.B < 2 * chip && job.K > 2 * SPLIT_LEAST) {
         int64_t parts = (4 * chip + job.B - 1) / job.B;  // about four blocks a multiprocessor
         if (parts > MAX_SPLITS) parts = MAX_SPLITS;
         if (parts > job.K / SPLIT_LEAST) parts = job.K / SPLIT_LEAST;
