@@ -13,7 +13,22 @@ from typing import Any
 import pytest
 import torch
 
+import fastood
 from bench.gpu.inputs import Target
+
+
+def why_not_interpreted() -> str | None:
+    """Why kernels cannot run on the CPU, if they cannot: old interpreters and new NumPys differ."""
+    try:
+        from triton.runtime.errors import InterpreterError
+    except ImportError:
+        return "no interpreter of Triton kernels"
+    x = torch.eye(2, 16)
+    try:
+        fastood.mcm(x, fastood.ClassBank(x, impl="reference"), impl="triton")
+    except (InterpreterError, ValueError) as error:
+        return str(error)[:200]
+    return None
 
 
 class Device:

@@ -15,14 +15,13 @@ from bench.gpu import __main__ as command
 from bench.gpu.cases import CASES
 from bench.gpu.page import page, summary, template
 from bench.gpu.store import Store
-from fastood.kernels.launch import usable
+from tests.bench.fake_gpu import why_not_interpreted
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0"}
 
 needs_triton = pytest.mark.skipif(
-    usable(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")) is not None,
-    reason="the kernels do not run here",
+    why_not_interpreted() is not None, reason=f"{why_not_interpreted()}"
 )
 
 
