@@ -209,10 +209,10 @@ def _of_text(
         first = tl.program_id(0) * M
         needed = ((best >= first) & (best < first + M))[:, None] & in_width
         masked = image + rows.to(tl.int64)[:, None] * image_stride + k[None, :]
-        masked = tl.load(masked, mask=needed, other=0.0)
+        masked = tl.load(masked, mask=needed, other=0.0).to(tl.float32)
         other = text + decides.to(tl.int64)[:, None] * text_stride + k[None, :]
-        other = tl.load(other, mask=needed, other=0.0)
-        masked = tl.where(same_sign(masked, other), masked, 0.0).to(tl.float32)
+        other = tl.load(other, mask=needed, other=0.0).to(tl.float32)
+        masked = tl.where(same_sign(masked, other), masked, 0.0)
         masked = masked * factors[:, None]
         acc, rest = multiply(is_best.to(tl.float32), masked, acc, rest, MODE)
     acc = summed(acc, rest, MODE)

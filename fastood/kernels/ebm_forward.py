@@ -242,10 +242,10 @@ def _finish(
     for start in tl.static_range(0, D, BD):
         k = start + tl.arange(0, BD)
         inside = (k < D)[None, :]
-        a = tl.load(own_row + k[None, :], mask=inside, other=0.0)
-        b = tl.load(best_row + k[None, :], mask=inside, other=0.0)
+        a = tl.load(own_row + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(best_row + k[None, :], mask=inside, other=0.0).to(tl.float32)
         if BY_LABEL:
-            c = tl.load(mask_row + k[None, :], mask=inside, other=0.0)
+            c = tl.load(mask_row + k[None, :], mask=inside, other=0.0).to(tl.float32)
         else:
             c = b
         keep = same_sign(a, c)
