@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastood.ops import cuda
+from fastood.ops.build import build, cuda_extension
 from fastood.ops.buildstore import Built
 from fastood.ops.cudalib import Library, Request, RowJob, RowPlan
 from fastood.ops.loader import baked_key
@@ -18,8 +19,10 @@ from fastood.ops.requests import Request as Asked
 
 
 @pytest.fixture(scope="session")
-def library(built: Built) -> Library:
-    return Library(built.path)
+def library(nvcc: str) -> Library:
+    """For what the host decides, whatever the architecture."""
+    del nvcc
+    return Library(build(cuda_extension("9.0")).path)
 
 
 def test_kernels_neither_spill_nor_need_a_stack(built):
@@ -43,7 +46,8 @@ def test_the_compiler_has_nothing_to_warn_of(built):
     assert "warning" not in built.log.read_text()
 
 
-def test_the_library_says_what_it_is(library, built):
+def test_the_library_says_what_it_is(built):
+    library = Library(built.path)
     assert library.key == built.key == baked_key(built.path)
     assert library.message(0) == "success" and "tau" in library.message(-4)
     assert built.info["compiler"].startswith("nvcc ") and "torch" not in built.info
@@ -67,9 +71,9 @@ def plan_of(library: Library, job: RowJob) -> tuple[int, RowPlan]:
     return library.rows_plan(ctypes.byref(job), ctypes.byref(plan)), plan
 
 
-@pytest.mark.parametrize("b", [0, 1, 3, 100, 263, 264, 5000, 1_000_000])
-@pytest.mark.parametrize("k", [1, 2, 512, 513, 4096, 8191, 8192, 11_000, 131_072, 2**31 - 1])
-@pytest.mark.parametrize("c", [1, 3, 16])
+@pytest.mark.parametrize("b", [0, 1, 100, 263, 264, 1_000_000])
+@pytest.mark.parametrize("k", [1, 2, 512, 513, 8192, 8193, 131_072, 2**31 - 1])
+@pytest.mark.parametrize("c", [1, 16])
 def test_every_class_of_every_row_is_in_one_part(library, b, k, c):
     status, plan = plan_of(library, job_of(b, k, c=min(c, k)))
     assert status == 0

@@ -52,7 +52,7 @@ def test_values_are_squared_singular_values_and_vectors_are_orthonormal():
 
 
 def test_ties_lose_the_same_energy():
-    """Directions of one singular value may mix: what is left differs then, what is lost does not."""
+    """Directions of one singular value may mix: what is left differs, what is lost does not."""
     g = torch.Generator().manual_seed(1)
     u = torch.linalg.qr(torch.randn(20, 8, generator=g, dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn(8, 8, generator=g, dtype=torch.float64))[0]
