@@ -11,7 +11,6 @@ import torch
 
 from fastood.ops import cuda
 from fastood.ops.build import build, cuda_extension
-from fastood.ops.buildstore import Built
 from fastood.ops.cudalib import Library, Request, RowJob, RowPlan
 from fastood.ops.loader import baked_key
 from fastood.ops.requests import Kind

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastood.ops.build import cpu_extension, key
+from fastood.ops.build import cpu_extension, cuda_extension, key
 from tests.ops.tiny import needs_compiler
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,9 @@ def install(source: Path, *words: str, **environment: str) -> None:
 def test_wheel_and_archive_carry_every_source(source, tmp_path):
     extension = cpu_extension()
     csrc = extension.include[0]
-    wanted = {str(f.relative_to(csrc)) for f in (*extension.sources, *extension.headers)}
+    gpu = cuda_extension("9.0")
+    files = (*extension.sources, *extension.headers, *gpu.sources, *gpu.headers)
+    wanted = {str(f.relative_to(csrc)) for f in files}
     install(source, "wheel", "-q", "-w", str(tmp_path))
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
