@@ -24,6 +24,7 @@ elif [[ $# -gt 0 ]]; then
     exit 1
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
 # where platformdirs, which is not needed here, would put it
 export FASTOOD_CACHE=${FASTOOD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/fastood}
 
@@ -149,7 +150,7 @@ if [[ ${#dry[@]} -gt 0 ]]; then
 elif command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         call "$tool" 45 185 sanitize "$tool" 28
-        if grep -qiE 'not supported|unsupported|failed to initialize' "$OUT/$tool.log" &&
+        if grep -qiE 'not supported|unsupported|failed to initialize|no CUDA device' "$OUT/$tool.log" &&
             ! grep -q '^ran ' "$OUT/$tool.log"; then
             echo "   the checker cannot work on this machine: left out"
             unset 'failed[-1]'
@@ -161,7 +162,7 @@ else
 fi
 
 seconds=$(($(left) - 15))
-call benchmark "$seconds" 8 measure $((seconds - 10))
+call benchmark "$seconds" 8 measure $((seconds - 30))
 "$PYTHON" -m bench.gpu --out "$OUT" --summary ${dry[@]+"${dry[@]}"} | cut -c1-230
 echo "== $((SECONDS - start)) s in all; results in $OUT"
 if ((${#failed[@]})); then

@@ -81,6 +81,7 @@ def run(cases: list[Case], target: Target, store: Store, seconds: float) -> int:
     store.save()
     ceilings = measured(clock, min(4.0, seconds / 20))
     store.ceilings = ceilings.record()
+    target.clear()
     reserve = min(_LAUNCHES_S, seconds / 20)
     todo = [case for case in cases if case.name not in store.started]
     for i, case in enumerate(todo):

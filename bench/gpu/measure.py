@@ -24,7 +24,6 @@ Row = dict[str, Any]
 
 _SHARES = (0.5, 0.3, 0.1)
 """Of a case's seconds for GPU time, wall time, latency; the rest is for checking."""
-_SLOW_S = 1.0
 _CALLS_AT_LEAST = 12
 
 
@@ -37,7 +36,6 @@ class _Candidate:
     variant: Variant
     row: Row
     runner: Runner | None = None
-    expected_s: float = 0.0
     only: Timing | None = None
     """Of calls too long to be repeated."""
     times: Times | None = field(default=None)
@@ -103,7 +101,7 @@ def _checked(
                 row["wrong"] = accuracy.wrong
                 return found
         del result
-        if first_s > _SLOW_S:  # it may have compiled: once more decides
+        if first_s * _CALLS_AT_LEAST > seconds:  # it may have compiled: once more decides
             _, first_s = clock.once(variant.call)
         if first_s * _CALLS_AT_LEAST > seconds:
             times = [first_s]
