@@ -143,7 +143,9 @@ def test_every_kernel_that_is_launched_is_compiled(tmp_path):
 
 def made(**what: Any) -> aot.Compiled:
     config = configs.Config(64, 128, 64, 4, 4)
-    return aot.Compiled("rows", "fp16", config, 512, 90, "c=1", **{"warps": 4, "registers": 64, **what})
+    return aot.Compiled(
+        "rows", "fp16", config, 512, 90, "c=1", **{"warps": 4, "registers": 64, **what}
+    )
 
 
 class TestProblems:
@@ -191,6 +193,13 @@ def test_binaries_are_read_and_faults_reported(tmp_path):
             tl.store(out + at, tl.dot(a, a))
 
         @triton.jit
+        def crowded(x, out, N: tl.constexpr):
+            at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+            a = tl.load(x + at).to(tl.float32)
+            top = tl.max(tl.max(a, axis=1), axis=0)  # all of them are needed twice
+            tl.store(out + at, tl.exp(a - top))
+
+        @triton.jit
         def refused(x, N: tl.constexpr):
             tl.static_assert(N < 0, "N is not negative")
 
@@ -198,20 +207,20 @@ def test_binaries_are_read_and_faults_reported(tmp_path):
             x, out = torch.empty(64, 64, dtype=torch.float16), torch.empty(64, 64)
             size = {"device": x.device, "num_warps": 4, "num_stages": 2}
             yield "good", lambda: launch(product, (1,), x, out, 64, **size)
-            yield "crowded", lambda: launch(product, (1,), x, out, 64, maxnreg=32, **size)
+            yield "crowded", lambda: launch(crowded, (1,), x, out, 64, maxnreg=24, **size)
             yield "refused", lambda: launch(refused, (1,), x, 64, **size)
 
         aot.specialisations_of = lambda family: calls
         entry = configs.entries()[0]
         for arch in (80, 90):
             found = aot.compile_unit(aot.Unit(entry, 64, 64, arch))
-            good, crowded, refused, unpicked = found
+            good, spilling, failed, unpicked = found
             assert not good.problems, good
             assert good.warps == 4 and good.stages == 2 and good.shared > 0
             assert 32 < good.registers < 256 and good.instructions["all"] > 50
             assert ("HGMMA" if arch == 90 else "HMMA") in good.instructions
-            assert "spills" in crowded.problems[0], crowded
-            assert "N is not negative" in refused.error and refused.kernel == "refused"
+            assert "spills" in spilling.problems[0], spilling
+            assert "N is not negative" in failed.error and failed.kernel == "refused"
             assert "no call picks" in unpicked.error
         def broken(precision, rows, width):
             raise RuntimeError("of the launcher")

@@ -189,9 +189,8 @@ def break_kernels(monkeypatch):
             scores=broken, similarity_scores=broken, similarity_statistics=broken
         ),
         "grouped": SimpleNamespace(scores=broken, columns=broken),
-        "patches": SimpleNamespace(
-            local_scores=broken, local_similarity_scores=broken, patch_entropy=broken
-        ),
+        "patches": SimpleNamespace(local_scores=broken, local_similarity_scores=broken),
+        "locoop": SimpleNamespace(patch_entropy=broken),
         "ebm": SimpleNamespace(loss=broken, op=broken),
     }
     for name, module in modules.items():

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastood.kernels.launch import INTERPRETED
 from fastood.kernels.operands import Operand, prepare, scaled_first
 from fastood.kernels.precision import PRECISIONS, check_precision, resolve
 from tests import tolerances
@@ -20,10 +19,10 @@ DTYPES = {
     "fp16x3": torch.float16,
     "fp32": torch.float32,
 }
-# half a unit in the last place, relative; Triton's interpreter cuts bfloat16 off
+# half a unit in the last place, relative
 ROUNDING = {
     "fp16": 2**-11,
-    "bf16": 2**-7 if INTERPRETED else 2**-8,
+    "bf16": 2**-8,
     "tf32": 2**-11,
     "fp16x3": 2**-22,
     "fp32": 2**-24,
@@ -81,7 +80,7 @@ def test_rows_that_are_unit_already_are_only_rounded(precision, device):
     assert ((value(found) - exact).abs() <= ROUNDING[precision] * exact.abs() + tiny).all()
     if precision == "fp32":
         assert torch.equal(found.high, text)
-    if precision == "fp16" or (precision == "bf16" and not INTERPRETED):
+    if precision in ("fp16", "bf16"):
         assert torch.equal(found.high, text.to(found.high.dtype))
 
 

@@ -8,17 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastood.kernels.launch import INTERPRETED, launch
+from fastood.kernels.launch import launch
 from fastood.kernels.operands import Operand, prepare, scaled_first
 from fastood.kernels.precision import PRECISIONS
 from fastood.kernels.products import inverse_norms, tile
 from tests import tolerances
 from tests.conftest import clip_like
 
-# half a unit in the last place of a factor; Triton's interpreter cuts bfloat16 off
+# half a unit in the last place of a factor
 ROUNDING = {
     "fp16": 2**-11,
-    "bf16": 2**-7 if INTERPRETED else 2**-8,
+    "bf16": 2**-8,
     "tf32": 2**-11,
     "fp16x3": 2**-22,
     "fp32": 2**-24,
