@@ -86,10 +86,10 @@ warm() {
     return $((failures > 0))
 }
 
-# One file: its GPU tests, in folders of kernels all that is not slow (they run on the GPU there).
+# One file: its GPU tests, of kernels all that is not slow (they run on the GPU where there is one).
 test_file() {
     local chosen=gpu status more=()
-    [[ $1 == tests/kernels/* || $1 == tests/cuda/* ]] && chosen="gpu or not slow"
+    [[ $1 == tests/kernels/* ]] && chosen="gpu or not slow"
     [[ -z ${DRY-} ]] || more=(--collect-only -q)
     "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider --durations=5 \
         -m "$chosen" "${more[@]}" "$1"
@@ -101,8 +101,8 @@ test_file() {
 # Files with tests for a GPU, some at a time: compiling kernels takes longest, one core each. Other
 # files may need packages that are not here. What is compiled for other GPUs is not tested here.
 gpu_tests() {
-    { find tests/kernels tests/cuda -name 'test_*.py' ! -name '*aot*' 2>/dev/null
-      grep -rl 'mark\.gpu' tests/{detectors,metrics,ops,scores,tuning} --include='test_*.py'; } |
+    { find tests/kernels -name 'test_*.py' ! -name '*aot*'
+      grep -rl 'mark\.gpu' tests/{cuda,detectors,metrics,ops,scores,tuning} --include='test_*.py'; } |
         sort -u |
         xargs -P "$(($(nproc) > 8 ? 6 : 1))" -n 1 bash -c 'test_file "$0"'
 }
