@@ -127,7 +127,7 @@ def _gpu(
     arguments = (local, text, labels, top_k, tau, normalize, text_gradient, local_gradient)
 
     def kernel(meant: Precision) -> tuple[Tensor, ...]:
-        return tuple(kernels.patches.patch_entropy(*arguments, meant))
+        return tuple(kernels.locoop.patch_entropy(*arguments, meant))
 
     return attempt(kernel, lambda: _patch_entropy(*arguments), local, text, precision=precision)
 

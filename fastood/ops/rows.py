@@ -207,11 +207,17 @@ def _gpu_row(
     def kernel(meant: Precision) -> tuple[Tensor, ...]:
         classes = kernels.operands.prepare(text, meant, normalize=False)
         found = kernels.rows.statistics(image, classes, taus=taus, c=c, moments=moments)
-        return tuple(found)
+        return _apart(found)
 
     if c > MOST_TOPS:
         return default()
     return attempt(kernel, default, image, text, precision=precision)
+
+
+def _apart(found: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs of an operator may not share memory; the two moments may be views of one tensor."""
+    *others, entropy, variance = found
+    return (*others, entropy, variance.clone())
 
 
 def _gpu_similarity(
@@ -222,7 +228,7 @@ def _gpu_similarity(
 
     def kernel(meant: Precision) -> tuple[Tensor, ...]:
         found = kernels.rows.similarity_statistics(similarity, taus=taus, c=c, moments=moments)
-        return tuple(found)
+        return _apart(found)
 
     return default() if c > MOST_TOPS else attempt(kernel, default, similarity)
 
