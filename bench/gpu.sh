@@ -24,6 +24,7 @@ elif [[ $# -gt 0 ]]; then
     exit 1
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PATH="$PATH:/usr/local/cuda/bin"
 export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
 # where platformdirs, which is not needed here, would put it
 export FASTOOD_CACHE=${FASTOOD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/fastood}
@@ -72,8 +73,12 @@ warm() {
     fi
     "$PYTHON" -c 'from fastood.ops import loader; loader.cpu()' &
     pids+=($!)
-    "$PYTHON" -c 'from fastood.ops import loader; loader.cuda()' &
-    pids+=($!)
+    if command -v nvcc >/dev/null; then
+        "$PYTHON" -c 'from fastood.ops import loader; loader.cuda()' &
+        pids+=($!)
+    else
+        echo "no nvcc: the CUDA C++ kernels are left out"
+    fi
     "$PYTHON" -m bench.gpu.small --seconds 60 &
     pids+=($!)
     for ((i = 0; i < n; i++)); do
@@ -88,23 +93,29 @@ warm() {
 
 # One file: its GPU tests, of kernels all that is not slow (they run on the GPU where there is one).
 test_file() {
-    local chosen=gpu status more=()
+    local chosen=gpu status
     [[ $1 == tests/kernels/* ]] && chosen="gpu or not slow"
-    [[ -z ${DRY-} ]] || more=(--collect-only -q)
-    "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider --durations=5 \
-        -m "$chosen" "${more[@]}" "$1"
+    "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider --durations=5 -m "$chosen" "$1"
     status=$?
     ((status == 5)) && status=0 # none is left
     return $status
 }
 
-# Files with tests for a GPU, some at a time: compiling kernels takes longest, one core each. Other
-# files may need packages that are not here. What is compiled for other GPUs is not tested here.
-gpu_tests() {
+# Files with tests for a GPU; others may need packages that are not here. What is compiled for other
+# GPUs is not tested here.
+gpu_test_files() {
     { find tests/kernels -name 'test_*.py' ! -name '*aot*'
       grep -rl 'mark\.gpu' tests/{cuda,detectors,metrics,ops,scores,tuning} --include='test_*.py'; } |
-        sort -u |
-        xargs -P "$(($(nproc) > 8 ? 6 : 1))" -n 1 bash -c 'test_file "$0"'
+        sort -u
+}
+
+# Some files at a time: compiling kernels takes longest, on one core each.
+gpu_tests() {
+    if [[ ${#dry[@]} -gt 0 ]]; then
+        gpu_test_files | xargs "$PYTHON" -m pytest -q --collect-only -p no:cacheprovider
+    else
+        gpu_test_files | xargs -P "$(($(nproc) > 8 ? 6 : 1))" -n 1 bash -c 'test_file "$0"'
+    fi
 }
 
 # A checker refuses some drivers and sandboxes: then it says so here and counts as left out.
@@ -129,44 +140,49 @@ measure() {
 }
 
 # functions as commands of `timeout`
-export -f warm test_file gpu_tests sanitize measure
+export -f warm test_file gpu_test_files gpu_tests sanitize measure
 export PYTHON OUT
 export DRY="${dry[*]-}"
 call() { stage "$1" "$2" "$3" bash -c 'dry=($DRY); "$@"' _ "${@:4}"; }
 
-stage environment 30 400 "$PYTHON" -m bench.gpu.facts
-environment=$?
-((${#dry[@]})) && ((environment == 2)) && failed=()
-cat "$OUT/environment.log"
+main() {
+    stage environment 30 400 "$PYTHON" -m bench.gpu.facts
+    local environment=$? tool seconds
+    ((${#dry[@]})) && ((environment == 2)) && failed=()
+    [[ ! -f "$OUT/environment.log" ]] || cat "$OUT/environment.log"
 
-call build 75 330 warm
-call tests 120 250 gpu_tests
-echo "   $(grep -c ' PASSED' "$OUT/tests.log") passed, $(grep -cE ' (FAILED|ERROR)' "$OUT/tests.log")" \
-    "failed, $(grep -c ' SKIPPED' "$OUT/tests.log") skipped"
-grep -hE '^(FAILED|ERROR)' "$OUT/tests.log" | cut -c1-200 | head -n 8
+    call build 75 330 warm
+    call tests 120 250 gpu_tests
+    [[ -f "$OUT/tests.log" ]] || : >"$OUT/tests.log"
+    echo "   $(grep -c ' PASSED' "$OUT/tests.log") passed, $(grep -cE ' (FAILED|ERROR)' "$OUT/tests.log")" \
+        "failed, $(grep -c ' SKIPPED' "$OUT/tests.log") skipped"
+    grep -hE '^(FAILED|ERROR)' "$OUT/tests.log" | cut -c1-200 | head -n 8
 
-if [[ ${#dry[@]} -gt 0 ]]; then
-    stage small 300 0 "$PYTHON" -m bench.gpu.small --dry-run
-elif command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-        call "$tool" 45 185 sanitize "$tool" 28
-        if grep -qiE 'not supported|unsupported|failed to initialize|no CUDA device' "$OUT/$tool.log" &&
-            ! grep -q '^ran ' "$OUT/$tool.log"; then
-            echo "   the checker cannot work on this machine: left out"
-            unset 'failed[-1]'
-        fi
-        grep -hE 'ERROR SUMMARY|RACECHECK SUMMARY|^FAILED|no time' "$OUT/$tool.log" | head -n 4
-    done
-else
-    echo "== memory and race checker: compute-sanitizer is not installed, left out"
-fi
+    if [[ ${#dry[@]} -gt 0 ]]; then
+        stage small 300 0 "$PYTHON" -m bench.gpu.small --dry-run
+    elif command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck; do
+            call "$tool" 45 185 sanitize "$tool" 28
+            if grep -qsiE 'not supported|unsupported|failed to initialize|no CUDA device' "$OUT/$tool.log" &&
+                ! grep -qs '^ran ' "$OUT/$tool.log"; then
+                echo "   the checker cannot work on this machine: left out"
+                unset 'failed[-1]'
+            fi
+            grep -hsE 'ERROR SUMMARY|RACECHECK SUMMARY|^FAILED|no time' "$OUT/$tool.log" | head -n 4
+        done
+    else
+        echo "== memory and race checker: compute-sanitizer is not installed, left out"
+    fi
 
-seconds=$(($(left) - 15))
-call benchmark "$seconds" 8 measure $((seconds - 30))
-"$PYTHON" -m bench.gpu --out "$OUT" --summary ${dry[@]+"${dry[@]}"} | cut -c1-230
-echo "== $((SECONDS - start)) s in all; results in $OUT"
-if ((${#failed[@]})); then
-    echo "== NOT OK: ${failed[*]}"
-    exit 1
-fi
-echo "== OK"
+    seconds=$(($(left) - 15))
+    call benchmark "$seconds" 8 measure $((seconds - 30))
+    "$PYTHON" -m bench.gpu --out "$OUT" --summary ${dry[@]+"${dry[@]}"} | cut -c1-230
+    echo "== $((SECONDS - start)) s in all; results in $OUT"
+    if ((${#failed[@]})); then
+        echo "== NOT OK: ${failed[*]}"
+        return 1
+    fi
+    echo "== OK"
+}
+
+main; exit # on one line: the file may change while this runs

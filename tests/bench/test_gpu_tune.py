@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from bench.gpu import tune
+from bench.gpu.clock import Clock
 from fastood.kernels import configs
 from fastood.kernels.configs import Config, Entry
 from fastood.kernels.precision import PRECISIONS
+from tests.bench import fake_gpu
 
 
 def test_the_committed_table_is_in_the_form_that_is_written():
@@ -42,6 +45,24 @@ def test_a_candidate_is_used_for_its_family_alone(monkeypatch):
         assert configs.pick("rows", "fp16", rows=1024, width=512) == other
         assert configs.pick("grouped", "fp16", rows=4096, width=512) == table
     assert configs.pick("rows", "fp16", rows=1024, width=512) != other
+
+
+def test_the_fastest_that_is_right_is_taken(monkeypatch):
+    device, target = fake_gpu.install(monkeypatch)
+    subject = tune.subjects(["rows"], ["fp16"], [512])[0]
+    tried = tune.candidates(tune.current(subject), "fp16", most=8)
+
+    def call(_: int) -> torch.Tensor:
+        config = configs._entry("rows", "fp16", 1024, 512)
+        place = tried.index(config)
+        if place == 1:
+            raise RuntimeError("out of resource: shared memory")
+        # the last but one is faster than all, and wrong
+        device.work(1e-6 * (10 - place if place != 6 else 1))
+        return torch.ones(3) if place != 6 else torch.zeros(3)
+
+    monkeypatch.setattr(tune, "call_of", lambda *_: (call, 3))
+    assert tune.tune(subject, Clock(target), 0.2, 8) == tried[7]
 
 
 def test_what_was_found_goes_before_what_is_wider(monkeypatch, tmp_path):
