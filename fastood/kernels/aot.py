@@ -223,10 +223,11 @@ def _global_scores(precision: Precision, rows: int, width: int) -> Iterator[Call
     def delta(image: Tensor, c: int, taus: Sequence[float] = (0.01,), **options: Any) -> Call:
         requests = tuple(Request(Kind.DELTA_ENERGY, tau, c) for tau in taus)
         options = {"normalize": True, **options}
-        label = f"{image.dtype} c={c} taus={len(taus)}".replace("torch.", "")
+        label = f"{image.dtype} c={c} taus={len(taus)} {options}".removeprefix("torch.")
         return label, partial(family.scores, requests, image, text, **options)
 
     yield delta(own, 8)
+    yield delta(own, 1, (0.01, 0.1, 1.0, 2.0), normalize=False)
     yield delta(own, 1, (0.01, 0.1, 1.0, 2.0))
     yield from (delta(own, c) for c in (1, 2, 4))
     if own.dtype != torch.float32:  # asked for with float32 features
@@ -328,8 +329,8 @@ def compile_unit(unit: Unit, calls: int | None = None) -> list[Compiled]:
         return config
 
     try:
-        every = specialisations_of(entry.family)(precision, unit.rows, unit.width)
         with recording(unit.arch, seen), mock.patch.object(configs, "_entry", noted):
+            every = specialisations_of(entry.family)(precision, unit.rows, unit.width)
             for label, call in islice(every, calls):  # noqa: B007
                 call()
         if entry.config not in picked:
