@@ -67,6 +67,7 @@ _PLACES = {
     "patches": (("gl_mcm", "L", None),),
     "ebm": (("ebm_loss", "256x", 512), ("ebm_loss", "1024x", None)),
     "ebm_backward": (("ebm_loss", "1024x", None),),
+    "locoop": (("locoop_loss", "32x", None),),
 }
 
 
@@ -157,7 +158,7 @@ def call_of(subject: Subject, target: Target) -> tuple[Call, int]:
     case = subject.case
     inputs = Inputs(case.shape, case.features, target)
     options = {} if case.features != "fp32" else {"precision": subject.precision}
-    if case.work == "ebm_loss":
+    if case.work.endswith("_loss"):
         loss = training_call(case, inputs, "triton", **options)
         return step(loss, inputs.of("text")), inputs.copies
     return score_call(case.work, inputs, "triton", **options), inputs.copies
