@@ -26,11 +26,11 @@ PATCH_GRADIENT_RTOL = 5e-4
 SCORE_BESIDE_EAGER_RTOL = 1e-6
 
 # Rows a Triton kernel divides by their norms against float64, besides the rounding to the operand's
-# type: a float32 sum of squares, a root, a quotient and a product. Worst seen: see below.
+# type: a float32 sum of squares, a root, a quotient and a product. Worst seen: 1.8e-7 (D = 300).
 TRITON_NORM_RTOL = 5e-7
 
 # Cosines by tiles of a Triton kernel against float64 products of the rounded rows: a float32 sum
-# over D, and a norm. Worst seen: see below.
+# over D, and a norm. Worst seen: 3.9e-7 (fp16, D = 300).
 TRITON_COSINE_ATOL = 1e-6
 
 # Entropy and variance of similarities at tau = 100, where softmax is all but flat: their sums are
