@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastood.kernels import configs, grouped
+from fastood.kernels.operands import Operand
 from fastood.kernels.precision import PRECISIONS
 from tests import tolerances
 from tests.conftest import clip_like
@@ -25,7 +26,7 @@ SHAPES = [
     (0, 4, 2, 3, 2, 8),
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # NumPy on NaN
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")  # NumPy on NaN
 
 
 def unit(x: Tensor) -> Tensor:
@@ -79,8 +80,6 @@ def by_kernel(device, image, text, negatives, full, tau, precision="fp32", *, no
     found, sums = grouped.sums(image.to(device), bank, tau=tau, normalize=normalize)
     assert found.dtype == torch.float32 and found.shape == (len(image),)
     assert sums.dtype == torch.float64 and sums.shape == (len(image), 1 + len(negatives))
-    alone = grouped.scores(image.to(device), bank, tau=tau, normalize=normalize)
-    assert torch.equal(alone.nan_to_num(7.0), found.nan_to_num(7.0))
     return found.cpu(), sums.cpu()
 
 
@@ -89,6 +88,18 @@ def check(got, want, tau):
     logit = tolerances.TRITON_COSINE_ATOL / tau
     torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=logit + 1e-6)
     torch.testing.assert_close(got[0].double(), want[0], rtol=2 * logit + 1e-6, atol=1e-37)
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Sets the splits, and columns of a piece."""
+
+    def to(splits: int, piece: int = 512, rows: int = 16, columns: int = 32) -> None:
+        config = configs.Config(rows, columns, 32, 4, 1, splits=splits)
+        monkeypatch.setattr("fastood.kernels.source.pick", lambda *_, **__: config)
+        monkeypatch.setattr(grouped, "_PIECE", piece)
+
+    return to
 
 
 @pytest.mark.parametrize("tau", [0.001, 0.01, 1.0])
@@ -101,7 +112,8 @@ def test_any_shape(device, shape, tau):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_precision_rounds_what_it_multiplies_and_nothing_else(device, dtype, precision):
+def test_a_precision_rounds_what_it_multiplies_and_nothing_else(device, cut, dtype, precision):
+    cut(2, rows=32, columns=64)
     image, text, negatives = features(18, 20, 3, 30, 40)
     inputs = (image.to(dtype), text, negatives, 2, 0.05, precision)
     got, want = by_kernel(device, *inputs), exact(*inputs)
@@ -136,6 +148,7 @@ def test_strides_do_not_matter(device, dtype):
     image = image.to(dtype).to(device)
     bank = grouped.columns(text.to(device), negatives.to(device), 2, "fp16x3")
     want = grouped.scores(image, bank, tau=0.1, normalize=True)
+    assert torch.equal(grouped.sums(image, bank, tau=0.1, normalize=True)[0], want)
     apart = torch.stack([image, -image], dim=1)[:, 0]
     assert torch.equal(grouped.scores(apart, bank, tau=0.1, normalize=True), want)
     columns = image.T.contiguous().T
@@ -148,36 +161,28 @@ def test_strides_do_not_matter(device, dtype):
 # ------------------------------------------------------------------------------ how it is cut
 
 
-@pytest.fixture
-def cut(monkeypatch):
-    """Sets the splits, and columns of a piece."""
-
-    def to(splits: int, piece: int = 512, rows: int = 16, columns: int = 32) -> None:
-        config = configs.Config(rows, columns, 32, 4, 1, splits=splits)
-        monkeypatch.setattr("fastood.kernels.source.pick", lambda *_, **__: config)
-        monkeypatch.setattr(grouped, "_PIECE", piece)
-
-    return to
-
-
 @pytest.mark.parametrize("tau", [0.01, 1.0])
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[3], SHAPES[5]])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]])
 def test_splits_and_pieces(device, cut, shape, tau):
     b, k, g, m, full, d = shape
     inputs = (*features(b, k, g, m, d), full, tau)
     want = exact(*inputs)
     found = []
     for splits, piece in ((1, 512), (2, 512), (3, 512), (4, 512), (5, 512), (3, 16), (4, 7)):
-        cut(splits, piece)
+        cut(splits, piece, rows=32)
         one = by_kernel(device, *inputs)
-        assert all(map(torch.equal, by_kernel(device, *inputs), one))
+        image, text, negatives = (x.to(device) for x in inputs[:3])
+        bank = grouped.columns(text, negatives, full, "fp32")
+        again = grouped.scores(image, bank, tau=tau, normalize=True)
+        assert torch.equal(again.cpu(), one[0])
         check(one, want, tau)
         found.append(one[0])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=tolerances.GROUPED_CUT_RTOL, atol=1e-37)
 
 
-def test_pieces_cover_every_column_once():
+def test_pieces_cover_every_column_once(monkeypatch):
+    monkeypatch.setattr(grouped, "prepare", lambda x, precision, **_: Operand(precision, x))
     for k, g, m, full in ((1, 1, 1, 1), (1300, 3, 1025, 1), (512, 2, 513, 2), (7, 100, 10, 40)):
         bank = grouped.columns(torch.ones(k, 2), torch.ones(g, m, 2), full, "fp16")
         sizes = bank.pieces.diff().tolist()
@@ -217,18 +222,18 @@ class _Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("groups", [4, 400])
+@pytest.mark.parametrize("groups", [4, 100])
 def test_memory_stays_below_the_similarities(device, cut, monkeypatch, groups):
     cut(1, rows=256, columns=512)
-    monkeypatch.setattr(grouped, "_SCRATCH", 1 << 19)
-    b, d = 700, 4
-    image, text, negatives = features(b, 30, groups, 400 // groups, d)
+    monkeypatch.setattr(grouped, "_SCRATCH", 1 << 18)
+    b, d = 600, 4
+    image, text, negatives = features(b, 30, groups, 200 // groups, d)
     bank = grouped.columns(text.to(device), negatives.to(device), groups, "fp16")
     image = image.to(device).half()
     with _Allocations() as seen:
         grouped.scores(image, bank, tau=0.01, normalize=True)
     made = [size for size in seen.sizes if size != image.untyped_storage().nbytes()]
-    assert made and max(made) < b * 430 * 4
+    assert made and max(made) < b * 230 * 4
     if groups == 4:
         assert max(made) <= 2 * b * bank.count * 4
 
