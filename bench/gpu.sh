@@ -12,12 +12,13 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 PYTHON=${PYTHON:-python3}
-OUT=${OUT:-bench/results}
+results=bench/results
 dry=()
 limit=465
 if [[ "${1:-}" == "--dry-run" ]]; then
     dry=(--dry-run)
     limit=1500
+    results=.benchmarks/gpu-dry-run
     export TRITON_INTERPRET=1 FASTOOD_JIT=${FASTOOD_JIT:-0}
 elif [[ $# -gt 0 ]]; then
     sed -n '2,12p' "$0"
@@ -35,6 +36,7 @@ if [[ ${#dry[@]} -eq 0 ]] &&
     exit 2
 fi
 
+OUT=${OUT:-$results}
 mkdir -p "$OUT" || exit 1
 LIMIT_S=${LIMIT_S:-$limit}
 start=$SECONDS
