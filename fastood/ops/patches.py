@@ -47,7 +47,7 @@ def patch_entropy(
 
     Args:
         normalize: divide the patches by their norms. Not for patches that want a gradient.
-        on_gpu: by the Triton kernels, in ``precision`` as for ``row_statistics``. They check no rows.
+        on_gpu: by the Triton kernels, in ``precision`` as for ``row_statistics``, unchecked.
     Raises:
         ValueError: NaN, Inf or zero rows in ``local``; labels outside 0..K-1.
         KernelError: if a Triton kernel that has been named does not compile.

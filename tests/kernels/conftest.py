@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastood.kernels.launch import usable
-from fastood.ops import grouped, library, patches, rows  # noqa: F401 (they declare operators)
+from fastood.ops import ebm, grouped, library, patches, rows  # noqa: F401 (they declare operators)
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
