@@ -86,9 +86,10 @@ def run(cases: list[Case], target: Target, store: Store, seconds: float) -> int:
     todo = [case for case in cases if case.name not in store.started]
     for i, case in enumerate(todo):
         left = end - reserve - time.monotonic()
-        if left <= 0 and target.gpu:
+        if left <= 0:
             break
         share = min(_CASE_S[1], max(_CASE_S[0], 0.6 * left / (len(todo) - i)))
+        share = share if target.gpu else _CASE_S[0]
         store.started.append(case.name)
         store.save()
         dog = _watch(store, case)
