@@ -88,9 +88,7 @@ def similarity_scores(
 
     def one_pass(some: tuple[Request, ...]) -> tuple[Tensor, Tensor | None]:
         if engine == "cuda":
-            from fastood.ops import cuda
-
-            call = cuda.similarity_scores
+            call = importlib.import_module("fastood.ops.cuda").similarity_scores  # imports rows
         else:
             call = kernels.rows.similarity_scores
         found: tuple[Tensor, Tensor | None] = call(some, similarity.detach(), classes=classes)
