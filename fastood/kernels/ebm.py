@@ -190,7 +190,8 @@ def _blocks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = arguments if len(arguments) == 14 else (*arguments, wants_image, wants_text)
     with torch.autocast(arguments[0].device.type, enabled=False):
-        return torch_loss._default(*given)
+        value, diagnostics, d_image, d_text = torch_loss._default(*given)
+        return value, diagnostics, d_image, d_text
 
 
 class _InBlocks(torch.autograd.Function):
