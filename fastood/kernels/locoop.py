@@ -60,7 +60,7 @@ def patch_entropy(
         config=config,
         scale=scale_of(tau),
         products={
-            "FIRST": normalize and scaled_first(local, precision),
+            "FIRST": scaled_first(local, precision),
             "NORMALIZE": normalize,
         },
         tiles={"D": d, "MODE": precision, **tiles, **config.options},

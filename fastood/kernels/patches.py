@@ -205,7 +205,7 @@ def local_scores(
         {
             "D": d,
             "MODE": text.precision,
-            "FIRST": normalize and scaled_first(local, text.precision),
+            "FIRST": scaled_first(local, text.precision),
             "NORMALIZE": normalize,
         },
     )
