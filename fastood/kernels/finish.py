@@ -22,7 +22,7 @@ def _merged(state, rows, B, SPLITS, scale, C: tl.constexpr, T: tl.constexpr, TP:
     shift = tl.zeros_like(rows).to(tl.float32) + float("-inf")
     z = tl.zeros((rows.shape[0], TP), tl.float32)
     at = tl.arange(0, TP)[None, :]
-    for split in range(0, SPLITS):
+    for split in range(SPLITS):
         record = state + (split * B + rows) * (2 * C + 1 + T)
         for j in tl.static_range(C):
             value = tl.load(record + j)
@@ -52,53 +52,60 @@ def _of_rank(values, rank, which):
 
 
 @triton.jit
-def _delta_energy(v, own, rank, rest, tau, reset, best, C: tl.constexpr, c: tl.constexpr, JOINT):
-    """Energy change when the c largest are reset; ``own`` and ``rest`` are relative to the best."""
-    chosen = rank < c
-    gap = (v - reset[:, None]) / tau[:, None]
-    to = (reset - best) / tau
-    if JOINT and c > 1:
-        none = float("-inf")
-        together = tl.log(tl.sum(tl.where(chosen, tl.exp(own), 0.0), axis=1))
-        beyond = tl.where(chosen, none, own)
-        high = tl.max(beyond, axis=1)
-        finite = tl.where(high > none, high, 0.0)
-        left = finite + tl.log(tl.sum(tl.exp(beyond - finite[:, None]), axis=1))
-        left = log_sum(left, rest)
-        count = tl.zeros_like(to) + c
-        all_reset = to + tl.log(count)
-        most = tl.max(tl.where(chosen, tl.abs(gap), 0.0), axis=1)
-        small = chosen & (most <= 1.0)[:, None]
-        mean = tl.sum(tl.where(small, expm1(tl.where(small, gap, 0.0)), 0.0), axis=1) / count
-        whole = tl.where(most <= 1.0, log1p(mean), together - all_reset)
-        out = softplus_rise(together - left, all_reset - left, whole)
-    else:
-        # others[b, j]: log sum over every class but the j-th held, relative to their own largest:
-        # next to the best they may vanish
-        here = tl.arange(0, C)
-        own_2 = tl.where(
-            (here[:, None] == here[None, :])[None, :, :], float("-inf"), own[:, None, :]
-        )
-        high = tl.maximum(tl.max(own_2, axis=2), rest[:, None])
-        finite = tl.where(high > float("-inf"), high, 0.0)
-        sums = tl.sum(tl.exp(own_2 - finite[:, :, None]), axis=2) + tl.exp(rest[:, None] - finite)
-        others = finite + tl.log(sums)
-        rise = softplus_rise(own - others, to[:, None] - others, gap)
-        out = tl.sum(tl.where(chosen, rise, 0.0), axis=1)
+def _joint(own, chosen, rest, gap, to, count):
+    """Energy change when the chosen are reset together."""
+    none = float("-inf")
+    together = tl.log(tl.sum(tl.where(chosen, tl.exp(own), 0.0), axis=1))
+    beyond = tl.where(chosen, none, own)
+    high = tl.max(beyond, axis=1)
+    finite = tl.where(high > none, high, 0.0)
+    left = finite + tl.log(tl.sum(tl.exp(beyond - finite[:, None]), axis=1))
+    left = log_sum(left, rest)
+    all_reset = to + tl.log(count)
+    most = tl.max(tl.where(chosen, tl.abs(gap), 0.0), axis=1)
+    small = chosen & (most <= 1.0)[:, None]
+    mean = tl.sum(tl.where(small, expm1(tl.where(small, gap, 0.0)), 0.0), axis=1) / count
+    whole = tl.where(most <= 1.0, log1p(mean), together - all_reset)
+    return softplus_rise(together - left, all_reset - left, whole)
+
+
+@triton.jit
+def _one_by_one(own, chosen, rest, gap, to, C: tl.constexpr):
+    """Sum of the energy changes when each of the chosen is reset."""
+    # others[b, j]: log sum over every class but the j-th held, relative to their own largest:
+    # next to the best they may vanish
+    here = tl.arange(0, C)
+    others = tl.where((here[:, None] == here[None, :])[None, :, :], float("-inf"), own[:, None, :])
+    high = tl.maximum(tl.max(others, axis=2), rest[:, None])
+    finite = tl.where(high > float("-inf"), high, 0.0)
+    sums = tl.sum(tl.exp(others - finite[:, :, None]), axis=2) + tl.exp(rest[:, None] - finite)
+    left = finite + tl.log(sums)
+    rise = softplus_rise(own - left, to[:, None] - left, gap)
+    return tl.sum(tl.where(chosen, rise, 0.0), axis=1)
+
+
+@triton.jit
+def _chosen(number, numbers, COUNT: tl.constexpr):
+    """``numbers[number]`` of a tuple, where the number is not a constant."""
+    out = numbers[0]
+    for i in tl.static_range(1, COUNT):
+        out = tl.where(number == i, numbers[i], out)
     return out
 
 
-@triton.jit(do_not_specialize=["B", "SPLITS"])
+@triton.jit(do_not_specialize=["B", "SPLITS", "R"])
 def finish_scores(
     state,
     out,  # (R, B) float32
     nearest,  # (B,) int64, or anything
     B,
     SPLITS,
+    R,
     scales,  # log2(e) / tau
     taus,
-    resets,  # of each score
-    PLAN: tl.constexpr,  # (kind, number of tau, c, flag) of each score
+    codes,  # of each score, see below; floats, which Triton does not make constants of: one kernel
+    resets,  # serves any scores
+    RP: tl.constexpr,  # places in ``codes``
     NEAREST: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
@@ -114,47 +121,41 @@ def finish_scores(
     best = tl.max(v, axis=1)
     poison = (tl.sum((z != z).to(tl.int32), axis=1) > 0) | ~(tl.abs(best) < float("inf"))
     at = tl.arange(0, TP)[None, :]
-    for j in tl.static_range(len(PLAN)):
-        tau = (tl.zeros_like(best).to(tl.float32) + taus[PLAN[j][1]]).to(tl.float64)
+    zero = tl.zeros_like(best)
+    for j in range(R):
+        code = (_chosen(j, codes, RP) + tl.zeros((1,), tl.float32)).to(tl.int32)
+        code = tl.sum(code, axis=0)
+        kind, flag, c, t = code & 7, (code >> 3) & 1, (code >> 4) & 15, (code >> 8) & 31
+        tau = (zero.to(tl.float32) + _chosen(t, taus, T)).to(tl.float64)
         beside = (v - best[:, None]) / tau[:, None]
-        of_rest = tl.sum(tl.where(at == PLAN[j][1], z, 0.0), axis=1).to(tl.float64)
+        of_rest = tl.sum(tl.where(at == t, z, 0.0), axis=1).to(tl.float64)
         gap = tl.where(of_rest > 0.0, (shift.to(tl.float64) - best) / tau, 0.0)
         partition = tl.sum(tl.exp(beside), axis=1) + of_rest * tl.exp(gap)
-        if PLAN[j][0] == 0:  # numbers of fastood.ops.requests.Kind
-            score = best
-        elif PLAN[j][0] == 1:
+        score = best  # numbers of fastood.ops.requests.Kind
+        if kind == 1:
             score = best / tau
-        elif PLAN[j][0] == 2:
+        if kind == 2:
             score = 1.0 / partition
-        elif PLAN[j][0] == 3:
-            if PLAN[j][3]:
-                score = best / tau + tl.log(partition)
-            else:
-                score = best + tau * tl.log(partition)
-        elif PLAN[j][0] == 6:
+        if kind == 3:
+            # in units of logits, or of cosines
+            score = (best / tau + tl.log(partition)) * tl.where(flag != 0, 1.0, tau)
+        if kind == 6:
             second = _of_rank(v, rank, 1)
-            if PLAN[j][3]:
-                score = -expm1((second - best) / tau) / partition
-            else:
-                score = best - second
-        else:
-            tl.static_assert(PLAN[j][0] == 7)
-            reset = (tl.zeros_like(best).to(tl.float32) + resets[j]).to(tl.float64)
+            score = best - second
+            if flag != 0:
+                score = -expm1(-score / tau) / partition
+        if kind == 7:
+            reset = (zero.to(tl.float32) + _chosen(j, resets, RP)).to(tl.float64)
             log_rest = gap + tl.log(of_rest)
-            score = _delta_energy(
-                v,
-                beside,
-                rank,
-                log_rest,
-                tau,
-                reset,
-                best,
-                C,
-                PLAN[j][2],
-                PLAN[j][3],
-            )
+            chosen = rank < c
+            change = (v - reset[:, None]) / tau[:, None]
+            to = (reset - best) / tau
+            if (flag != 0) & (c > 1):
+                score = _joint(beside, chosen, log_rest, change, to, zero + c)
+            else:
+                score = _one_by_one(beside, chosen, log_rest, change, to, C)
         score = tl.where(poison, float("nan"), score)
-        tl.store(out + j * B.to(tl.int64) + rows, score.to(tl.float32), mask=own < B)
+        tl.store(out + B.to(tl.int64) * (code >> 13) + rows, score.to(tl.float32), mask=own < B)
     if NEAREST:
         first = tl.min(tl.where(rank == 0, classes, 2**31 - 1), axis=1)
         tl.store(nearest + rows, tl.where(poison, 0, first).to(tl.int64), mask=own < B)

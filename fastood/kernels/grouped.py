@@ -59,7 +59,7 @@ class Columns(NamedTuple):
     """Pieces of each group."""
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Pieces."""
         return self.of_classes + self.groups * self.of_group
 
@@ -274,10 +274,10 @@ def _run(
     of = source.features("grouped", image, bank.operand, normalize=normalize)
     config, device = of.config, image.device
     scale, unit, unit_rest = _factors(tau)
-    state = torch.empty((2, bank.count, of.b), dtype=torch.float32, device=device)
+    state = torch.empty((2, bank.total, of.b), dtype=torch.float32, device=device)
     launch(
         _sums,
-        (-(-of.b // config.rows), min(splits_for(config, of.b, of.k, device), bank.count)),
+        (-(-of.b // config.rows), min(splits_for(config, of.b, of.k, device), bank.total)),
         *of.arguments,
         bank.pieces,
         state,
@@ -285,7 +285,7 @@ def _run(
         bank.k,
         of.k,
         bank.of_classes,
-        bank.count,
+        bank.total,
         scale,
         int(tau < _CAREFUL_TAU),
         device=device,
@@ -316,7 +316,7 @@ def _run(
 def _all(image: Tensor, bank: Columns, tau: float, normalize: bool, lse: Tensor | None) -> Tensor:
     b = len(image)
     score = torch.empty(b, dtype=torch.float32, device=image.device)
-    at_once = max(256, _SCRATCH // (8 * bank.count) // 256 * 256)
+    at_once = max(256, _SCRATCH // (8 * bank.total) // 256 * 256)
     for i in range(0, b, at_once):
         part = slice(i, i + at_once)
         _run(image[part], bank, tau, normalize, score[part], None if lse is None else lse[part])

@@ -81,14 +81,15 @@ def launch(
     """``kernel[grid](*arguments, **options)`` on ``device`` and its current stream.
 
     Raises:
-        KernelError: if it does not compile; from then on at every call with these options.
+        KernelError: if it does not compile; from then on at every call of its kind.
     """
     if 0 in grid:
         return
-    # a kernel may compile for one precision or tile size and not for another
-    key = (kernel, *options.items()) if _failed else None
-    if key in _failed:
-        raise KernelError(_failed[key])
+    if _failed:
+        known = _failed.get(_kind(kernel, arguments, options, device))
+        if known is not None:
+            raise KernelError(known)
+    options.setdefault("enable_fp_fusion", True)  # multiply-adds; Triton's default may change
     try:
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -99,8 +100,17 @@ def launch(
         if INTERPRETED or not _of_compiler(error):
             raise
         message = _message(kernel, error)
-        _failed[(kernel, *options.items())] = message
+        _failed[_kind(kernel, arguments, options, device)] = message
         raise KernelError(message) from error
+
+
+def _kind(
+    kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], device: torch.device
+) -> tuple[Any, ...]:
+    """One of the things that compile or do not: by precision, tile size, types and GPU."""
+    dtypes = tuple(x.dtype for x in arguments if isinstance(x, Tensor))
+    constants = tuple((name, x) for name, x in options.items() if name != "enable_fp_fusion")
+    return (kernel, device, dtypes, constants)
 
 
 def _of_compiler(error: Exception) -> bool:

@@ -39,7 +39,11 @@ MAX_C = 8
 """Values a row can hold; for a larger c callers take the reference, in blocks of rows."""
 MAX_TAUS = 16
 
-_FINISHED = 32  # rows of one program of the second launch
+_TOGETHER = 16  # scores of one second launch
+
+_FINISHED = {1: (32, 1), 2: (32, 1), 4: (16, 2), 8: (8, 4)}
+"""Rows and warps of a program of the second launch, by the values held: pairs of them, in float64,
+are to stay in registers."""
 
 
 @triton.jit(do_not_specialize=["B", "K", "PER"])
@@ -93,13 +97,19 @@ def _states(
     tl.store((record + 2 * C + 1)[:, None] + at, z, mask=inside[:, None] & (at < T))
 
 
-class _Pass(NamedTuple):
-    """Requests that share the products, as kernels take them."""
+class _Part(NamedTuple):
+    """Requests of one second launch."""
 
-    of: list[int]
-    """Which of the requests."""
-    plan: tuple[tuple[int, int, int, bool], ...]
+    count: int
+    codes: tuple[float, ...]
+    """Of each request, see ``_code``; zeros up to a power of two."""
     resets: tuple[float, ...]
+
+
+class _Pass(NamedTuple):
+    """Requests that share the products."""
+
+    parts: list[_Part]
     taus: tuple[float, ...]
     c: int
 
@@ -108,6 +118,12 @@ class _Plan(NamedTuple):
     passes: list[_Pass]
     entropies: list[tuple[int, Request]]
     """Requests for moments, which have a kernel of their own."""
+
+
+def _code(place: int, request: Request, tau: int) -> float:
+    """A request and the row of its scores as one number, exact in float32."""
+    kind, flag = int(request.kind), int(request.flag)
+    return float(kind | flag << 3 | request.c << 4 | tau << 8 | place << 13)
 
 
 @lru_cache(maxsize=256)
@@ -125,10 +141,15 @@ def _planned(requests: tuple[Request, ...]) -> _Plan:
                 taus.setdefault(requests[i].tau, len(taus))
                 of.append(i)
         others = [i for i in others if i not in of]
-        asked = [requests[i] for i in of]
-        plan = tuple((int(r.kind), taus[r.tau], r.c, r.flag) for r in asked)
-        resets = tuple(float(r.reset) for r in asked)
-        passes.append(_Pass(of, plan, resets, tuple(taus), max(r.c for r in asked)))
+        parts = []
+        for first in range(0, len(of), _TOGETHER):
+            numbers = of[first : first + _TOGETHER]
+            # few numbers of scores, few kernels to compile
+            spare = (0.0,) * ((1 << (len(numbers) - 1).bit_length()) - len(numbers))
+            codes = tuple(_code(i, requests[i], taus[requests[i].tau]) for i in numbers)
+            resets = tuple(float(requests[i].reset) for i in numbers)
+            parts.append(_Part(len(numbers), codes + spare, resets + spare))
+        passes.append(_Pass(parts, tuple(taus), max(requests[i].c for i in of)))
     return _Plan(passes, moments)
 
 
@@ -179,33 +200,33 @@ def _scores(
     out = torch.empty((len(requests), of.b), dtype=torch.float32, device=device)
     nearest = torch.empty(of.b, dtype=torch.int64, device=device) if classes else None
     passes = plan.passes
-    if classes and not passes:
+    if classes and not passes:  # its score is overwritten below
         passes = _planned((Request(Kind.MAX_SIMILARITY),)).passes
     for number, one in enumerate(passes):
-        whole = len(one.of) == len(requests) and bool(plan.passes)
-        to = out if whole else torch.empty((len(one.of), of.b), dtype=out.dtype, device=device)
         states = _first(of, one.taus, one.c)
-        asked = classes and number == 0
-        launch(
-            finish_scores,
-            (-(-of.b // _FINISHED),),
-            states.buffer,
-            to,
-            nearest if asked else to,
-            of.b,
-            states.splits,
-            states.scales,
-            one.taus,
-            one.resets,
-            device=device,
-            PLAN=one.plan,
-            NEAREST=asked,
-            **states.constants,
-            BB=_FINISHED,
-            num_warps=1,
-        )
-        if not whole and plan.passes:
-            out[one.of] = to
+        block, warps = _FINISHED[states.constants["C"]]
+        for part, (count, codes, resets) in enumerate(one.parts):
+            asked = classes and number == part == 0
+            launch(
+                finish_scores,
+                (-(-of.b // block),),
+                states.buffer,
+                out,
+                nearest if asked else out,
+                of.b,
+                states.splits,
+                count,
+                states.scales,
+                one.taus,
+                codes,
+                resets,
+                device=device,
+                RP=len(codes),
+                NEAREST=asked,
+                **states.constants,
+                BB=block,
+                num_warps=warps,
+            )
     if plan.entropies:
         taus = tuple(dict.fromkeys(r.tau for _, r in plan.entropies))
         found = entropies(of, taus)
@@ -244,9 +265,10 @@ def _statistics(of: Source, taus: Sequence[float], c: int, moments: bool) -> tup
     values = torch.empty((of.b, c), dtype=torch.float32, device=device)
     classes = torch.empty((of.b, c), dtype=torch.int64, device=device)
     rest = torch.empty((of.b, len(taus)), dtype=torch.float64, device=device)
+    block, warps = _FINISHED[states.constants["C"]]
     launch(
         finish_statistics,
-        (-(-of.b // _FINISHED),),
+        (-(-of.b // block),),
         states.buffer,
         values,
         classes,
@@ -258,8 +280,8 @@ def _statistics(of: Source, taus: Sequence[float], c: int, moments: bool) -> tup
         taus,
         device=device,
         **states.constants,
-        BB=_FINISHED,
-        num_warps=1,
+        BB=block,
+        num_warps=warps,
     )
     if not moments:
         return values, classes, rest, values.new_empty(of.b, 0), values.new_empty(of.b, 0)

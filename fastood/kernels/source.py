@@ -62,7 +62,7 @@ def features(family: str, image: Tensor, text: Operand, *, normalize: bool) -> S
         k,
         d,
         text.precision,
-        scaled_first(image, text.precision) and normalize,
+        scaled_first(image, text.precision),
         normalize,
         pick(family, text.precision, rows=b, width=d),
     )

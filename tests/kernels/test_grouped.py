@@ -186,10 +186,10 @@ def test_pieces_cover_every_column_once(monkeypatch):
     for k, g, m, full in ((1, 1, 1, 1), (1300, 3, 1025, 1), (512, 2, 513, 2), (7, 100, 10, 40)):
         bank = grouped.columns(torch.ones(k, 2), torch.ones(g, m, 2), full, "fp16")
         sizes = bank.pieces.diff().tolist()
-        assert len(sizes) == bank.count and min(sizes) >= 1 and max(sizes) <= 512
+        assert len(sizes) == bank.total and min(sizes) >= 1 and max(sizes) <= 512
         assert sum(sizes[: bank.of_classes]) == k == bank.k
         each = bank.of_group
-        of_groups = [sum(sizes[i : i + each]) for i in range(bank.of_classes, bank.count, each)]
+        of_groups = [sum(sizes[i : i + each]) for i in range(bank.of_classes, bank.total, each)]
         assert of_groups == [m - (i >= full) for i in range(g)]
         assert len(bank.operand.high) == sum(sizes)
 
@@ -235,7 +235,7 @@ def test_memory_stays_below_the_similarities(device, cut, monkeypatch, groups):
     made = [size for size in seen.sizes if size != image.untyped_storage().nbytes()]
     assert made and max(made) < b * 230 * 4
     if groups == 4:
-        assert max(made) <= 2 * b * bank.count * 4
+        assert max(made) <= 2 * b * bank.total * 4
 
 
 # ------------------------------------------------------------------------------ extreme rows

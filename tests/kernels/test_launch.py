@@ -56,7 +56,9 @@ def triton_error(text: str) -> Exception:
 def test_arguments_and_options_arrive(compiled):
     kernel = Kernel()
     launch(kernel, (3, 2), "x", 7, device=CPU, D=64, num_warps=4)
-    assert kernel.calls == [((3, 2), ("x", 7), {"D": 64, "num_warps": 4})]
+    (grid, arguments, options) = kernel.calls[0]
+    assert (grid, arguments) == ((3, 2), ("x", 7))
+    assert options == {"D": 64, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @pytest.mark.parametrize("grid", [(0,), (0, 3), (3, 0)])
