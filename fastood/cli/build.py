@@ -167,6 +167,22 @@ def kernels() -> dict[str, Any]:
     if found.info.get("compiler"):
         content["compiler"] = found.info["compiler"]
     content["cuda"] = _cuda_kernels()
+    content["gpu"] = _on_gpus()
+    return content
+
+
+def _on_gpus() -> list[dict[str, str]]:
+    """What takes a batch of float16 features on each GPU; computes nothing."""
+    import torch
+
+    from fastood.ops.explain import explain
+
+    content = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        image, text = (
+            torch.empty(n, 512, device=f"cuda:{i}", dtype=torch.float16) for n in (1024, 1000)
+        )
+        content.append({"device": f"cuda:{i}", "scores": explain(image, text, prepared=True)})
     return content
 
 
@@ -182,6 +198,8 @@ def kernel_lines(content: dict[str, Any]) -> list[str]:
         size = f", {content['bytes'] / 1e6:.1f} MB" if "bytes" in content else ""
         compiler = f", {content['compiler']}" if content.get("compiler") else ""
         lines.append(f"{content['path']}{size}{compiler}")
+    for part in content["gpu"]:
+        lines.append(f"{part['device']}: {part['scores']}")
     for part in content["cuda"]:
         where = f", {part['path']}" if "path" in part else ""
         lines.append(f"CUDA {part['arch']}: {part['state']} ({part['why']}){where}")

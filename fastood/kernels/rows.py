@@ -41,7 +41,7 @@ MAX_TAUS = 16
 
 _TOGETHER = 16  # scores of one second launch
 
-_FINISHED = {1: (32, 1), 2: (32, 1), 4: (16, 2), 8: (8, 4)}
+_FINISHED = {1: (32, 1), 2: (32, 2), 4: (16, 2), 8: (8, 4)}
 """Rows and warps of a program of the second launch, by the values held: pairs of them, in float64,
 are to stay in registers."""
 
