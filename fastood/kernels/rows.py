@@ -100,7 +100,7 @@ def _states(
 class _Part(NamedTuple):
     """Requests of one second launch."""
 
-    count: int
+    asked: int
     codes: tuple[float, ...]
     """Of each request, see ``_code``; zeros up to a power of two."""
     resets: tuple[float, ...]
@@ -205,24 +205,24 @@ def _scores(
     for number, one in enumerate(passes):
         states = _first(of, one.taus, one.c)
         block, warps = _FINISHED[states.constants["C"]]
-        for part, (count, codes, resets) in enumerate(one.parts):
-            asked = classes and number == part == 0
+        for part, (asked, codes, resets) in enumerate(one.parts):
+            with_classes = classes and number == part == 0
             launch(
                 finish_scores,
                 (-(-of.b // block),),
                 states.buffer,
                 out,
-                nearest if asked else out,
+                nearest if with_classes else out,
                 of.b,
                 states.splits,
-                count,
+                asked,
                 states.scales,
                 one.taus,
                 codes,
                 resets,
                 device=device,
                 RP=len(codes),
-                NEAREST=asked,
+                NEAREST=with_classes,
                 **states.constants,
                 BB=block,
                 num_warps=warps,
