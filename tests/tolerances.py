@@ -47,6 +47,6 @@ LOW_RANK_RTOL = 1e-5
 # 1.2 (bfloat16, 12 images).
 ROUNDING_LUCK = 2.0
 
-# NegLabel's Triton kernels however their columns are cut: the same float32 cosines, sums relative to
-# another tile's largest. Worst seen: 3e-7.
+# NegLabel's Triton kernels however their columns are cut: the same float32 cosines, sums relative
+# to another tile's largest. Worst seen: 3e-7.
 GROUPED_CUT_RTOL = 1e-6
