@@ -64,8 +64,18 @@ class Columns(NamedTuple):
         return self.of_classes + self.groups * self.of_group
 
 
-def _cuts(begin: int, size: int, parts: int) -> list[int]:
-    return [begin + size * j // parts for j in range(parts)]
+def _cuts(k: int, m: int, groups: int, full: int, device: torch.device) -> Tensor:
+    """``Columns.pieces``, computed where they are needed: numbers of the host would have to be
+    copied, which waits for the GPU and cannot be part of a graph."""
+    of_classes, of_group = -(-k // _PIECE), -(-m // _PIECE)
+    group = torch.arange(groups, device=device)
+    begins = k + group * m - (group - full).clamp_min(0)
+    sizes = m - (group >= full).long()
+    parts = sizes[:, None] * torch.arange(of_group, device=device)
+    parts = begins[:, None] + parts.div(of_group, rounding_mode="floor")
+    classes = (k * torch.arange(of_classes, device=device)).div(of_classes, rounding_mode="floor")
+    end = torch.full((1,), k + groups * m - (groups - full), device=device)
+    return torch.cat([classes, parts.flatten(), end]).int()
 
 
 def columns(text: Tensor, negatives: Tensor, full: int, precision: Precision) -> Columns:
@@ -81,13 +91,7 @@ def columns(text: Tensor, negatives: Tensor, full: int, precision: Precision) ->
         [text, negatives[:full].flatten(0, 1), negatives[full:, : m - 1].flatten(0, 1)]
     )
     of_classes, of_group = -(-k // _PIECE), -(-m // _PIECE)
-    begins = _cuts(0, k, of_classes)
-    end = k
-    for g in range(groups):
-        size = m - (g >= full)
-        begins += _cuts(end, size, of_group)
-        end += size
-    pieces = torch.tensor([*begins, end], dtype=torch.int32, device=text.device)
+    pieces = _cuts(k, m, groups, full, text.device)
     operand = prepare(rows, precision, normalize=False)
     return Columns(operand, pieces, k, of_classes, groups, of_group)
 

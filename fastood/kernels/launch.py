@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -43,12 +44,18 @@ def usable(*tensors: Tensor | None) -> str | None:
 
 @cache
 def _installed() -> str | None:
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:
+    version = _version()
+    if version is None:
         return "Triton is not installed"
     if tuple(int(part) for part in version.split(".")[:2]) < _TRITON:
         return f"Triton {version} is older than {'.'.join(map(str, _TRITON))}; update torch"
+    return None
+
+
+def _version() -> str | None:
+    for name in ("triton", "pytorch-triton"):  # the latter with nightly torch, in NVIDIA's images
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
     return None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -238,8 +238,19 @@ def kept(store: dict[str, _Kept], key: str, device: torch.device, make: Callable
         store[key] = _Kept(value, stream, ready)
         return value
     if found.ready is not None and found.stream != stream and not _capturing():
-        torch.cuda.current_stream(device).wait_event(found.ready)
+        here = torch.cuda.current_stream(device)
+        here.wait_event(found.ready)
+        for x in _tensors(found.value):  # freed, its memory may not be given away before it is read
+            x.record_stream(here)
     return found.value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _capturing() -> bool:

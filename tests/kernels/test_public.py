@@ -538,16 +538,19 @@ class TestOnAGpu:
         for label, value in want.items():
             assert torch.equal(found[label], value), label
 
-    def test_a_bank_prepared_in_a_graph_is_prepared_again_outside(self):
-        image, _, text, _ = given(torch.float16, "cuda")
-        fastood.energy(image, ClassBank(text))  # compiles
-        bank = ClassBank(text)
+    @pytest.mark.parametrize("score", [fastood.energy, fastood.neg_label])
+    def test_a_bank_prepared_in_a_graph_is_prepared_again_outside(self, score):
+        image, _, text, negatives = given(torch.float16, "cuda")
+        want = score(image, bank_of(text, negatives))  # compiles
+        bank = bank_of(text, negatives)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            fastood.energy(image, bank)
+            found = score(image, bank)
         assert not bank._kept
-        assert torch.equal(fastood.energy(image, bank), fastood.energy(image, ClassBank(text)))
+        graph.replay()
+        assert torch.equal(found, want)
+        assert torch.equal(score(image, bank), want)
 
     def test_a_bank_prepared_on_one_stream_serves_another(self):
         image, _, text, _ = given(torch.float16, "cuda")
