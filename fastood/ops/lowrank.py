@@ -141,6 +141,7 @@ def _gram(weights: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ cuSOLVER
 
 _NAMES = (b"libcusolver.so.12", b"libcusolver.so.11", b"libcusolver.so")
+_NAMES_12 = (b"libcusolver.so.11", b"libcusolver.so.12", b"libcusolver.so")  # that of CUDA 12
 _solvers: dict[str, Library | None] = {}  # by device
 _said: set[str] = set()
 
@@ -170,7 +171,8 @@ def _probe(device: torch.device) -> Library | None:
         return None
     # torch loads its linear algebra, and cuSOLVER with it, at the first call that needs it
     torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device))
-    for name in _NAMES:
+    # torch's own first: another one on the path may want a newer driver
+    for name in _NAMES_12 if (torch.version.cuda or "").startswith("12.") else _NAMES:
         if library.functions.fastood_eigen_load(name) == 0:
             return library
     _warn_once("torch.linalg.eigh, one matrix at a time: this cuSOLVER has no batched solver")
