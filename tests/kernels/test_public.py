@@ -147,7 +147,7 @@ def test_similarities_at_hand(device, dtype):
 def test_statistics(device, precision):
     image, _, text, _ = given(device=device)
     options = {"taus": (0.1, 1.0), "moments": True}
-    exact = oracle.cosine(image, text)
+    exact = oracle.cosine(image.cpu(), text.cpu())
     for c in (1, 3, K):
         found = fastood.row_statistics(
             image, text, c=c, impl="triton", precision=precision, **options
