@@ -149,13 +149,15 @@ def test_strides_do_not_matter(device, dtype):
     bank = grouped.columns(text.to(device), negatives.to(device), 2, "fp16x3")
     want = grouped.scores(image, bank, tau=0.1, normalize=True)
     assert torch.equal(grouped.sums(image, bank, tau=0.1, normalize=True)[0], want)
+    # compiled for other alignments the squares of a norm are added in another order
+    near = {"rtol": tolerances.SCORE_FROM_FEATURES_RTOL, "atol": 0}
     apart = torch.stack([image, -image], dim=1)[:, 0]
-    assert torch.equal(grouped.scores(apart, bank, tau=0.1, normalize=True), want)
+    torch.testing.assert_close(grouped.scores(apart, bank, tau=0.1, normalize=True), want, **near)
     columns = image.T.contiguous().T
     assert torch.equal(grouped.scores(columns, bank, tau=0.1, normalize=True), want)
     same = image[:1].expand(20, -1)
     repeated = grouped.scores(same, bank, tau=0.1, normalize=True)
-    assert torch.equal(repeated, want[:1].expand(20))
+    torch.testing.assert_close(repeated, want[:1].expand(20), **near)
 
 
 # ------------------------------------------------------------------------------ how it is cut

@@ -207,7 +207,9 @@ def test_rows_apart_in_memory_and_depths_that_do_not_divide(precision, device):
     view = wide.to(device)[:, 3:51]
     operand = prepare(text.to(device), precision, normalize=True)
     found, _ = cosines(view, operand)
-    assert torch.equal(found, cosines(image.to(device), operand)[0])
+    # compiled for other alignments the squares of a norm are added in another order
+    bound = 2 * ROUNDING[precision] + 2 * tolerances.TRITON_COSINE_ATOL
+    assert (found - cosines(image.to(device), operand)[0]).abs().max() <= bound
     other, _ = cosines(view, operand, depth=64)
     assert (found - other).abs().max() <= 2 * tolerances.TRITON_COSINE_ATOL
 

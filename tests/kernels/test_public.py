@@ -228,7 +228,10 @@ def test_strides_and_expanded_rows(device):
         assert not z.is_contiguous() and not zl.is_contiguous()
         found = fastood.score(z, bank, local=zl, **call)
         for label, value in want.items():
-            assert torch.equal(found[label], value), label
+            # not to the bit: compiled for other alignments norms are summed in another order
+            torch.testing.assert_close(
+                found[label], value, rtol=tolerances.SCORE_FROM_FEATURES_RTOL, atol=0
+            )
     text_too = fastood.energy(image, text.mT.contiguous().mT, impl="triton")
     assert torch.equal(text_too, want["energy"])
     same = fastood.energy(image[:1].expand(5, D), bank, impl="triton")
