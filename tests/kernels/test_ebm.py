@@ -190,10 +190,11 @@ def test_of_equal_classes_the_first_is_best(device, twin):
 
 
 def test_strides(device):
-    image, text, labels = clip(17, 20, 24, device=device)
+    # rows all apart by multiples of 16: for others another program is compiled, whose last bits differ
+    image, text, labels = clip(17, 20, 32, device=device)
     want = kernel(image, text, labels)
     apart = torch.stack([image, -image], dim=-1)[..., 0]
-    wide = torch.cat([text, -text], dim=1)[:, :24]
+    wide = torch.cat([text, -text], dim=1)[:, :32]
     far = torch.stack([labels, -labels], dim=1)[:, 0]
     for given in ((apart, text, labels), (image, wide, far), (image, text, labels.int())):
         for mine, other in zip(kernel(*given), want, strict=True):
