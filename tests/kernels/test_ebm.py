@@ -190,7 +190,7 @@ def test_of_equal_classes_the_first_is_best(device, twin):
 
 
 def test_strides(device):
-    # rows all apart by multiples of 16: for others another program is compiled, whose last bits differ
+    # all rows lie multiples of 16 apart: others get another program, whose last bits differ
     image, text, labels = clip(17, 20, 32, device=device)
     want = kernel(image, text, labels)
     apart = torch.stack([image, -image], dim=-1)[..., 0]
