@@ -24,7 +24,7 @@ def _merged(state, rows, B, SPLITS, scale, C: tl.constexpr, T: tl.constexpr, TP:
     at = tl.arange(0, TP)[None, :]
     for split in range(SPLITS):
         record = state + (split * B + rows) * (2 * C + 1 + T)
-        for j in tl.static_range(C):
+        for j in tl.range(C, num_stages=1, loop_unroll_factor=1):
             value = tl.load(record + j)
             owner = tl.load(record + C + j).to(tl.int32, bitcast=True)
             values, classes, out = hold(values, classes, value, owner)

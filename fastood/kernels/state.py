@@ -54,13 +54,14 @@ def take_best(s, columns):
 
 @triton.jit
 def hold(values, classes, value, at):
-    """Puts ``value (BB,)`` in the place of the smallest held if it is larger; what falls out.
+    """Puts ``value (BB,)`` in the place of the last held if it comes before; what falls out.
 
-    Values come in order of class, so an equal one that comes later stays outside.
+    The order is total, larger first, then the lower class: what is held, and whose it is, does not
+    depend on how the classes were split. Values of no class never come before others.
     """
     lowest = tl.min(values, axis=1)
     last = tl.max(tl.where(values == lowest[:, None], classes, -1), axis=1)
-    better = value > lowest
+    better = (value > lowest) | ((value == lowest) & (at < last) & (value > float("-inf")))
     here = better[:, None] & (values == lowest[:, None]) & (classes == last[:, None])
     values = tl.where(here, value[:, None], values)
     classes = tl.where(here, at[:, None], classes)
@@ -105,10 +106,16 @@ def push(
     TP: tl.constexpr,
 ):
     """The state of rows after one more tile."""
-    for _ in tl.static_range(C):
-        best, at, s = take_best(s, columns)
-        values, classes, out = hold(values, classes, best, at)
-        shift, z = merge_rest(shift, z, out, 1.0, scale)
+    if C <= 2:
+        for _ in tl.static_range(C):
+            best, at, s = take_best(s, columns)
+            values, classes, out = hold(values, classes, best, at)
+            shift, z = merge_rest(shift, z, out, 1.0, scale)
+    else:  # code for each of eight would take a minute to compile
+        for _ in tl.range(C, num_stages=1, loop_unroll_factor=1):
+            best, at, s = take_best(s, columns)
+            values, classes, out = hold(values, classes, best, at)
+            shift, z = merge_rest(shift, z, out, 1.0, scale)
     own, own_z = rest_of(s, scales, T, TP)
     shift, z = merge_rest(shift, z, own, own_z, scale)
     return values, classes, shift, z
