@@ -158,6 +158,8 @@ def kernels() -> dict[str, Any]:
         if forced == "reference":
             why = f"FASTOOD_IMPL={forced}; otherwise: {content['why']}"
             content |= {"active": forced, "why": why}
+        elif forced in ("triton", "cuda"):
+            content |= _forced_to_gpu(forced)
     if found.path is not None:
         content |= {"kind": found.kind, "path": str(found.path)}
     content["key"] = found.key
@@ -169,6 +171,18 @@ def kernels() -> dict[str, Any]:
     content["cuda"] = _cuda_kernels()
     content["gpu"] = _on_gpus()
     return content
+
+
+def _forced_to_gpu(forced: str) -> dict[str, str]:
+    """``FASTOOD_IMPL`` names kernels of a GPU: tensors elsewhere are refused."""
+    from fastood.ops.dispatch import triton_refuses
+
+    if not _present():
+        return {"active": "none", "why": f"FASTOOD_IMPL={forced}, but there is no CUDA device"}
+    refused = triton_refuses(0) if forced == "triton" else None
+    if refused is not None:
+        return {"active": "none", "why": f"FASTOOD_IMPL={forced}, but {refused}"}
+    return {"active": forced, "why": f"FASTOOD_IMPL={forced}: tensors on a GPU only"}
 
 
 def _on_gpus() -> list[dict[str, str]]:

@@ -65,3 +65,14 @@ def test_info_says_what_every_score_will_refuse(fastood, calls, monkeypatch):
     monkeypatch.setenv("FASTOOD_IMPL", "fastest")
     kernels = fastood("info", "--json").json["kernels"]
     assert kernels["active"] == "none" and "FASTOOD_IMPL" in kernels["why"]
+
+
+@pytest.mark.parametrize("forced", ["triton", "cuda"])
+def test_info_says_that_kernels_of_a_gpu_are_forced_where_there_is_none(
+    fastood, calls, monkeypatch, forced
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("FASTOOD_IMPL", forced)
+    kernels = fastood("info", "--json").json["kernels"]
+    assert kernels["active"] == "none"
+    assert f"FASTOOD_IMPL={forced}, but there is no CUDA device" in kernels["why"]
