@@ -54,7 +54,7 @@ from torch import Tensor
 from fastood.kernels import configs, launch
 from fastood.kernels.configs import Config, Entry
 from fastood.kernels.operands import Operand, prepare
-from fastood.kernels.precision import Precision
+from fastood.kernels.precision import PRECISIONS, Precision
 
 __all__ = [
     "SHARED",
@@ -400,8 +400,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastood.kernels.aot", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED))
-    parser.add_argument("--family", action="append", default=[])
-    parser.add_argument("--precision", action="append", default=[])
+    families = sorted({entry.family for entry in configs.entries()})
+    parser.add_argument("--family", action="append", choices=families, default=[])
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, default=[])
     parser.add_argument("--width", type=int, action="append", default=[])
     parser.add_argument("--calls", type=int, help="only the first, most demanding ones")
     parser.add_argument("--jobs", type=int, default=1)
@@ -412,6 +413,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = []
     work = units(options.arch or (80, 90), options.family, options.precision)
     work = [unit for unit in work if unit.width in (options.width or [unit.width])]
+    if not work:
+        parser.error("no entry of the table is of this family, precision and width")
     for compiled in compile_all(work, options.jobs, options.calls):
         print(compiled.line, flush=True)
         found.append(compiled)

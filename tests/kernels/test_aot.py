@@ -22,7 +22,7 @@ from fastood.kernels import aot, configs
 
 GPUS = {90: 512, 80: 768}
 """A width for each, so that both are seen."""
-CALLS = 2
+CALLS = 1
 
 KERNELS = Path(aot.__file__).parent
 
@@ -239,3 +239,18 @@ def test_interpreted_kernels_cannot_be_compiled():
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert "unset it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--family", "rowz"), "invalid choice: 'rowz'"),
+        (("--precision", "fp8"), "invalid choice: 'fp8'"),
+        (("--family", "given", "--precision", "bf16"), "no entry of the table"),
+    ],
+)
+def test_a_command_that_compiles_nothing_says_why(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(aot.launch, "INTERPRETED", False)
+    with pytest.raises(SystemExit) as stopped:
+        aot.main(arguments)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
