@@ -80,7 +80,8 @@ def row_statistics(
     implementation = choose(impl, *given, precision=precision)
     if implementation == "cuda":
         refuse_cuda(impl, "row_statistics")
-    if similarity is not None or image is None or weights is None or weights.ndim == 3:
+    per_image = getattr(weights, "ndim", 0) == 3  # what is no tensor is refused below
+    if similarity is not None or image is None or weights is None or per_image:
         check_no_product(
             precision, "similarities at hand, or of classes (B, K, D), are taken in float32"
         )

@@ -71,3 +71,10 @@ def test_nan_is_refused():
     s[1, 2] = torch.nan
     with pytest.raises(ValueError, match=r"similarity: .* row 1"):
         fastood.row_statistics(similarity=s)
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_what_is_no_tensor_is_named(name):
+    given = {"image": torch.eye(2), "text": torch.eye(2)} | {name: [[1.0, 0.0]]}
+    with pytest.raises(TypeError, match=rf"{name}: expected a torch.Tensor .* got list"):
+        fastood.row_statistics(**given)
