@@ -30,10 +30,20 @@ export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
 # where platformdirs, which is not needed here, would put it
 export FASTOOD_CACHE=${FASTOOD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/fastood}
 
-if [[ ${#dry[@]} -eq 0 ]] &&
-    ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "bench/gpu.sh: no CUDA device that torch can use; --dry-run shows that the script works" >&2
-    exit 2
+if [[ ${#dry[@]} -eq 0 ]]; then
+    "$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 2)'
+    case $? in
+        0) ;;
+        2)
+            echo "bench/gpu.sh: no CUDA device that torch can use;" \
+                "--dry-run shows that the script works" >&2
+            exit 2
+            ;;
+        *)
+            echo "bench/gpu.sh: $PYTHON cannot import torch; PYTHON=... names another" >&2
+            exit 1
+            ;;
+    esac
 fi
 
 OUT=${OUT:-$results}

@@ -134,3 +134,17 @@ def test_without_a_gpu_the_script_says_so_at_once():
         check=False,
     )
     assert done.returncode == 2 and "no CUDA device" in done.stderr and not done.stdout
+
+
+def test_an_interpreter_without_torch_is_not_taken_for_a_missing_gpu(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", ROOT / "bench" / "gpu.sh"],
+        env={"PATH": "/usr/bin:/bin", "HOME": "/", "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "cannot import torch" in done.stderr and not done.stdout
