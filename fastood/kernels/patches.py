@@ -129,8 +129,6 @@ def _local(
     for start in range(begin, end, BN):
         columns = start + tl.arange(0, BN)
         s = similarities(x, 1, where, inverse, high, low, columns, end, D, BD, MODE, FIRST)
-        if MODE == "given":  # as everything that is not finite
-            s = tl.where((columns < end)[None, :] & (s == float("-inf")), float("nan"), s)
         top, sums = _add_tile(s, top, sums, scales, T, TP)
     if SPLIT:
         total = images * P

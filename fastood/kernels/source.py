@@ -106,9 +106,11 @@ def similarities(
     """(BB, BN) float32, -inf where there is no class."""
     if MODE == "given":
         at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-        s = tl.load(at, mask=(columns < stop)[None, :], other=float("-inf")).to(tl.float32)
+        inside = (columns < stop)[None, :]
+        s = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+        s = tl.where(inside & (s == float("-inf")), float("nan"), s)  # as all that is not finite
     else:
-        inside = tl.minimum(columns, stop - 1)
-        s = tile(x, stride, rows, scales, high, low, inside, D, BD, MODE, FIRST)
+        near = tl.minimum(columns, stop - 1)
+        s = tile(x, stride, rows, scales, high, low, near, D, BD, MODE, FIRST)
         s = tl.where((columns < stop)[None, :], s, float("-inf"))
     return s

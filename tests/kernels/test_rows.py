@@ -221,6 +221,24 @@ def test_ties_take_the_lowest_class(device, c):
     assert torch.equal(found[1].cpu(), classes[:, :c])
 
 
+def test_of_equal_values_in_several_splits_the_lowest_classes_are_held(device):
+    s = torch.full((1, 600), 0.1)
+    s[0, 2] = 0.2
+    s[0, [1, 500, 502]] = 0.3
+    _, classes, *_ = rows.similarity_statistics(s.to(device), taus=(1.0,), c=2, moments=False)
+    assert classes.tolist() == [[1, 500]]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_given_similarity_that_is_not_finite_makes_its_scores_nan(device, value):
+    s = cosines(3, 40)
+    s[1, 7] = value
+    found, _ = rows.similarity_scores(every_request(40, 1.0), s.to(device))
+    assert found[:, 1].isnan().all()
+    assert found[:, [0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize(("c", "taus"), [(1, [1.0]), (3, [0.01, 1.0, 0.1]), (8, [0.002])])
 @pytest.mark.parametrize("k", [8, 70])
 def test_statistics(device, c, taus, k):
