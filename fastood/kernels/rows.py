@@ -40,6 +40,7 @@ MAX_C = 8
 MAX_TAUS = 16
 
 _TOGETHER = 16  # scores of one second launch
+_MOST = 2048  # of one call: the row of a score is part of a number that float32 has to hold
 
 _FINISHED = {1: (32, 1), 2: (32, 2), 4: (16, 2), 8: (8, 4)}
 """Rows and warps of a program of the second launch, by the values held: pairs of them, in float64,
@@ -128,6 +129,8 @@ def _code(place: int, request: Request, tau: int) -> float:
 
 @lru_cache(maxsize=256)
 def _planned(requests: tuple[Request, ...]) -> _Plan:
+    if len(requests) > _MOST:
+        raise ValueError(f"requests: expected at most {_MOST} scores a call, got {len(requests)}")
     moments = [
         (i, r) for i, r in enumerate(requests) if r.kind in (Kind.NEG_ENTROPY, Kind.VARIANCE)
     ]
