@@ -3,7 +3,7 @@
 K + M exponentials a row, in two launches. The columns (classes, then negatives in group order) are
 cut into *pieces*, each a part of the classes or of one group. ``_sums`` (blocks of rows × splits of
 the pieces) walks its columns in tiles that touch any number of pieces, exponentiates each
-similarity once and writes (shift, z) of each row and piece: log2 of its sum is shift + log2 z.
+similarity once and writes (shift, z) of each row and piece: its sum is exp(shift / tau) z.
 ``_finish`` makes log-sum-exps of the pieces, in order, and the score of them, in float64. A piece
 belongs to one program, so nothing is added atomically. Never a (B, K + M) array.
 
@@ -42,7 +42,7 @@ _CAREFUL_TAU = 0.004
 _FINISHED = (16, 32)  # rows of one program of the second launch, and groups at a time
 
 _LOWEST = tl.constexpr(2.0**-64)  # 128 columns flushed at 2^-126 are nothing next to it
-_LN2 = tl.constexpr(math.log(2))
+_LOG2E = tl.constexpr(math.log2(math.e))
 
 
 class Columns(NamedTuple):
@@ -111,16 +111,16 @@ def _share(split, splits, K, N, CLASSES, COUNT):
 
 @triton.jit
 def _powers(s, scale, shift):
-    """2^(s scale - shift), rounded once before the power."""
-    scales = tl.zeros_like(s) + scale
-    return tl.exp2(tl.fma(s, scales, tl.zeros_like(s) - shift[:, None]))
+    """exp((s - shift) / tau): differences first, so that no tau is too small."""
+    return tl.exp2((s - shift[:, None]) * scale)
 
 
 @triton.jit
-def _merge(shift, z, other, other_z):
+def _merge(shift, z, other, other_z, scale):
     """Two sums as one; a sum of nothing is (-inf, 0), at most one of the two."""
     high = tl.maximum(shift, other)
-    return high, z * tl.exp2(shift - high) + other_z * tl.exp2(other - high)
+    mine, theirs = tl.exp2((shift - high) * scale), tl.exp2((other - high) * scale)
+    return high, z * mine + other_z * theirs
 
 
 @triton.jit(do_not_specialize=["B", "K", "N", "CLASSES", "COUNT", "careful"])
@@ -168,7 +168,7 @@ def _sums(
             at = start + tl.arange(0, BN)
             inside = tl.minimum(at, stop - 1)  # repeated columns do not change the largest
             s = tile(x, stride, rows, of_rows, high, low, inside, D, BD, MODE, FIRST)
-            top = tl.max(s, axis=1) * scale
+            top = tl.max(s, axis=1)
             if not NORMALIZE:  # products that overflow to -inf would just be small
                 top = tl.where(tl.min(s, axis=1) == float("-inf"), float("nan"), top)
             if careful == 0:
@@ -184,10 +184,10 @@ def _sums(
                     worst = tl.minimum(worst, tile_z)
                 else:
                     some = tl.where(of_piece[None, :], s, float("-inf"))
-                    tile_top = tl.max(some, axis=1) * scale
+                    tile_top = tl.max(some, axis=1)
                     tile_z = tl.sum(_powers(some, scale, tile_top), axis=1)
                     tile_z = tl.where(top == top, tile_z, float("nan"))
-                shift, z = _merge(shift, z, tile_top, tile_z)
+                shift, z = _merge(shift, z, tile_top, tile_z, scale)
                 if end <= start + BN:
                     to = state + piece.to(tl.int64) * B + own
                     tl.store(to, shift, mask=own < B)
@@ -217,8 +217,8 @@ def _finish(
     CLASSES,  # pieces of the classes
     G,
     EACH,  # pieces of a group
-    unit,  # a step of a shift as a natural logarithm, in two parts
-    unit_rest,
+    inverse,  # 1 / tau, in two parts
+    inverse_rest,
     SUMS: tl.constexpr,
     BB: tl.constexpr,
     BG: tl.constexpr,
@@ -227,14 +227,15 @@ def _finish(
     rows = tl.minimum(own, B - 1)
     COUNT = CLASSES + G * EACH
     zero = tl.zeros((BB,), tl.float64)
-    to_log = (tl.zeros((BB,), tl.float32) + unit).to(tl.float64)
-    to_log += (tl.zeros((BB,), tl.float32) + unit_rest).to(tl.float64)
+    to_log = (tl.zeros((BB,), tl.float32) + inverse).to(tl.float64)
+    to_log += (tl.zeros((BB,), tl.float32) + inverse_rest).to(tl.float64)
+    scale = to_log * _LOG2E
 
     # piece 0 has a finite shift, unless the row is NaN
     shift, z = _load(state, tl.zeros_like(rows), rows, B, COUNT)
     for piece in range(1, CLASSES):
         other, other_z = _load(state, tl.zeros_like(rows) + piece, rows, B, COUNT)
-        shift, z = _merge(shift, z, other, other_z)
+        shift, z = _merge(shift, z, other, other_z, scale)
     log_z = tl.log(z)
     if SUMS:
         to = lse + rows.to(tl.int64) * (G + 1)
@@ -247,7 +248,7 @@ def _finish(
         theirs, their_z = _load(state, of_group, rows[None, :], B, COUNT)
         for j in range(1, EACH):
             other, other_z = _load(state, of_group + j, rows[None, :], B, COUNT)
-            theirs, their_z = _merge(theirs, their_z, other, other_z)
+            theirs, their_z = _merge(theirs, their_z, other, other_z, scale[None, :])
         their_log = tl.log(their_z)
         # shifts first: logits of 1e4 cost no digits
         lead = (theirs - shift[None, :]) * to_log[None, :] + (their_log - log_z[None, :])
@@ -262,14 +263,9 @@ def _finish(
 
 @lru_cache(maxsize=64)
 def _factors(tau: float) -> tuple[float, float, float]:
-    """log2(e) / tau in float32, and what one unit of its products is as a logit, in two parts."""
-
-    def rounded(value: float) -> float:
-        return float(struct.unpack("f", struct.pack("f", value))[0])
-
-    scale = rounded(math.log2(math.e) / tau)
-    unit = 1 / (scale * tau)
-    return scale, rounded(unit), unit - rounded(unit)
+    """log2(e) / tau, and 1 / tau as the sum of two float32 numbers."""
+    inverse = struct.unpack("f", struct.pack("f", 1 / tau))[0]
+    return math.log2(math.e) / tau, inverse, 1 / tau - inverse
 
 
 def _run(
@@ -277,7 +273,7 @@ def _run(
 ) -> None:
     of = source.features("grouped", image, bank.operand, normalize=normalize)
     config, device = of.config, image.device
-    scale, unit, unit_rest = _factors(tau)
+    scale, inverse, inverse_rest = _factors(tau)
     state = torch.empty((2, bank.total, of.b), dtype=torch.float32, device=device)
     launch(
         _sums,
@@ -307,8 +303,8 @@ def _run(
         bank.of_classes,
         bank.groups,
         bank.of_group,
-        unit,
-        unit_rest,
+        inverse,
+        inverse_rest,
         device=device,
         SUMS=lse is not None,
         BB=rows,

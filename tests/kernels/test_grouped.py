@@ -131,7 +131,7 @@ def similar(b, columns, d, seed=0):
     return torch.eye(d)[:b], cosines.T.contiguous()
 
 
-@pytest.mark.parametrize("tau", [0.01, 1.0])
+@pytest.mark.parametrize("tau", [1e-20, 1e-10, 1e-6, 0.01, 1.0])
 def test_scores_of_exact_cosines(device, tau):
     image, rows = similar(64, 200, 64)
     text, negatives = rows[:50], rows[50:].reshape(5, 30, 64)
