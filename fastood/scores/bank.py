@@ -71,7 +71,8 @@ class ClassBank:
             permutation is drawn once and kept in ``permutation``. None keeps their order.
         remainder: ``"drop"`` leaves out the M mod G last negatives, as the authors' code does;
             ``"spread"`` gives the first M mod G groups one more.
-        normalize: False if the rows, and the features to come, already have unit norm.
+        normalize: False if the rows, and the features to come, already have unit norm (or are
+            to be multiplied as they are; on a GPU within float16's range, see ``fastood.scores``).
         impl: who normalises, as for the scores: ``"reference"``, ``"cpu"`` or ``"triton"`` force
             one.
 

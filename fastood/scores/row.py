@@ -15,7 +15,9 @@ score does not depend on the batch around it or on the number of threads.
 takes float16 and bfloat16 features as they are and the others at float32 grade (``"fp16x3"``:
 high and low halves); ``"fp16"``, ``"bf16"``, ``"tf32"``, ``"fp16x3"`` or ``"fp32"`` asks for one.
 Under torch.compile and for gradients rows are normalised in float32 first, so None means
-``"fp16x3"`` there. The CPU and the reference compute in float32: only None or ``"fp32"``.
+``"fp16x3"`` there. With ``normalize=False`` numbers beyond 65,504, which float16 cannot hold, give
+NaN in ``"fp16"`` and ``"fp16x3"``; ``"fp32"`` takes any. The CPU and the reference compute in
+float32: only None or ``"fp32"``.
 
 A GPU is not waited for: NaN, Inf and zero rows give NaN there unless ``FASTOOD_CHECK=1``, which
 names them in a ValueError. More than eight top classes (``c``) take the reference on a GPU.
