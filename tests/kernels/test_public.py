@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -153,7 +155,9 @@ def test_statistics(device, precision):
             image, text, c=c, impl="triton", precision=precision, **options
         )
         bank = ClassBank(text, impl="triton")
-        equal = torch.equal if c <= gpu.MOST_TOPS else torch.allclose
+        # beyond, in float16 of rows whose norms were taken in another order: roundings differ
+        near = partial(torch.allclose, rtol=1e-3, atol=5e-3, equal_nan=True)
+        equal = torch.equal if c <= gpu.MOST_TOPS else near
         for one, other in zip(
             fastood.row_statistics(image, bank, c=c, impl="triton", precision=precision, **options),
             found,
