@@ -34,7 +34,7 @@ def inverse_norms(x, stride, rows, D: tl.constexpr, BD: tl.constexpr):
         if tl.max(extreme.to(tl.int32), axis=0) != 0:
             scale = tl.where(extreme, tl.div_rn(1.0, largest), 1.0)
             squares = tl.zeros_like(squares)
-            for start in range(0, D, BD):  # rare: a loop, for less code
+            for start in tl.static_range(0, D, BD):
                 k = start + tl.arange(0, BD)
                 v = tl.load(base[:, None] + k[None, :], mask=(k < D)[None, :], other=0.0)
                 v = v.to(tl.float32) * scale[:, None]
