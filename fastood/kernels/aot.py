@@ -53,7 +53,7 @@ from torch import Tensor
 
 from fastood.kernels import configs, launch
 from fastood.kernels.configs import Config, Entry
-from fastood.kernels.operands import Operand, prepare
+from fastood.kernels.operands import Operand, native, prepare
 from fastood.kernels.precision import PRECISIONS, Precision
 
 __all__ = [
@@ -79,8 +79,6 @@ _OF_INTEREST = ("HGMMA", "HMMA", "FFMA", "LDGSTS", "LDL", "STL")
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 _RESOURCE = re.compile(r"(REG|STACK|LOCAL):(\d+)")
 
-
-_IMAGES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 Call = tuple[str, Callable[[], object]]
 Specialisations = Callable[[Precision, int, int], Iterable[Call]]
@@ -218,7 +216,7 @@ def _global_scores(precision: Precision, rows: int, width: int) -> Iterator[Call
     from fastood.ops.requests import Kind, Request
 
     text = family_text(precision, 1000, width)
-    own = torch.empty(rows, width, dtype=_IMAGES.get(precision, torch.float32))
+    own = torch.empty(rows, width, dtype=native(precision))
 
     def delta(image: Tensor, c: int, taus: Sequence[float] = (0.01,), **options: Any) -> Call:
         requests = tuple(Request(Kind.DELTA_ENERGY, tau, c) for tau in taus)

@@ -25,7 +25,7 @@ import torch
 from fastood.kernels.launch import INTERPRETED, processors
 from fastood.kernels.precision import Precision
 
-__all__ = ["TABLE", "Config", "Entry", "entries", "pick", "splits_for"]
+__all__ = ["TABLE", "Config", "Entry", "entries", "pick", "shares", "splits_for"]
 
 TABLE = Path(__file__).with_name("configs.json")
 
@@ -102,3 +102,11 @@ def splits_for(config: Config, rows: int, columns: int, device: torch.device) ->
         return max(1, min(config.splits, tiles))
     blocks = -(-rows // config.rows)
     return max(1, min(config.resident * processors(device) // blocks, tiles)) if blocks else 1
+
+
+def shares(config: Config, rows: int, columns: int, device: torch.device) -> tuple[int, int]:
+    """How many programs share the classes of one block of rows, and how many classes each takes:
+    whole tiles, so that the last programs may not be needed."""
+    tiles = -(-columns // config.columns)
+    share = -(-tiles // splits_for(config, rows, columns, device)) * config.columns
+    return -(-columns // share), share

@@ -18,7 +18,7 @@ from fastood.kernels.ebm_backward import gradient_of_image, gradient_of_text
 from fastood.kernels.ebm_common import Inputs, Options
 from fastood.kernels.ebm_forward import forward
 from fastood.kernels.launch import usable
-from fastood.kernels.operands import _DTYPES
+from fastood.kernels.operands import native
 from fastood.kernels.precision import Precision, resolve
 from fastood.ops import ebm as torch_loss
 from fastood.ops.ebm import EbmLoss
@@ -228,7 +228,7 @@ def specialisations(
     precision: Precision, rows: int, width: int
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is compiled ahead of time."""
-    own = torch.float32 if precision == "fp16x3" else _DTYPES[precision]
+    own = native(precision)
     labels = torch.empty(rows, dtype=torch.int64)
     for dtype in dict.fromkeys((own, torch.float32)):
         image, text = torch.empty(rows, width, dtype=dtype), torch.empty(1000, width, dtype=dtype)

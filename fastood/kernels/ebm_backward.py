@@ -42,7 +42,7 @@ from fastood.kernels.ebm_common import (
     summed,
 )
 from fastood.kernels.launch import launch, processors
-from fastood.kernels.operands import _DTYPES
+from fastood.kernels.operands import native
 from fastood.kernels.precision import Precision
 
 __all__ = ["gradient_of_image", "gradient_of_text", "specialisations"]
@@ -325,9 +325,7 @@ def specialisations(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is compiled ahead of time."""
     k = 1000
-    own = _DTYPES[precision]
-    if precision == "fp16x3":
-        own = torch.float32
+    own = native(precision)
     saved = torch.empty(FIELDS * rows + k + SCALARS)
     upstream = torch.empty(())
     for dtype in dict.fromkeys((own, torch.float32)):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastood.kernels.operands import scaled_first
 from fastood.kernels.precision import Precision
-from fastood.kernels.products import as_operand, inverse_norms, low_half, product
+from fastood.kernels.products import as_operand, low_half, product
 
-__all__ = ["Inputs", "Options", "cosines", "multiply", "same_sign", "scales_of", "summed"]
+__all__ = ["Inputs", "Options", "cosines", "multiply", "same_sign", "summed"]
 
 # One float32 tensor holds what is saved: B numbers each of ...
 INVERSE = tl.constexpr(0)  # 1 / norm of the image
@@ -79,15 +79,6 @@ class Inputs(NamedTuple):
             "NORMALIZE_IMAGE": options.normalize_image,
             "NORMALIZE_TEXT": options.normalize_text,
         }
-
-
-@triton.jit
-def scales_of(x, stride, rows, D: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr):
-    """(BB,) what multiplies the rows."""
-    scales = tl.zeros_like(rows).to(tl.float32) + 1.0
-    if NORMALIZE:
-        scales = inverse_norms(x, stride, rows, D, BD)
-    return scales
 
 
 @triton.jit

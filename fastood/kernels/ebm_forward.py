@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastood.kernels.configs import pick, splits_for
+from fastood.kernels.configs import pick, shares
 from fastood.kernels.ebm_common import (
     BASE,
     BEST,
@@ -40,9 +40,9 @@ from fastood.kernels.ebm_common import (
     Options,
     cosines,
     same_sign,
-    scales_of,
 )
 from fastood.kernels.launch import launch
+from fastood.kernels.source import row_scales
 from fastood.kernels.state import empty_top, push
 
 __all__ = ["forward"]
@@ -55,10 +55,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     image, text, _ = inputs
     (b, d), k, device = image.shape, text.shape[0], image.device
     config = pick("ebm", options.precision, rows=b, width=d)
-    splits = splits_for(config, b, k, device)
-    # a split less may do where tiles do not divide evenly
-    tiles = triton.cdiv(triton.cdiv(k, config.columns), splits)
-    splits = triton.cdiv(k, tiles * config.columns)
+    splits, share = shares(config, b, k, device)
     loss = torch.empty((), dtype=torch.float32, device=device)
     diagnostics = torch.empty(2, dtype=torch.float32, device=device)
     saved = torch.empty((FIELDS + 4 * splits) * b + k + SCALARS, dtype=torch.float32, device=device)
@@ -70,7 +67,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
         1.0 / options.tau,
         b,
         k,
-        tiles,
+        share // config.columns,
         splits,
         BB=config.rows,
         BN=config.columns,
@@ -99,7 +96,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
         BB=2,
         BD=min(512, triton.next_power_of_2(d)),
         device=device,
-        num_warps=4,
+        num_warps=8,
     )
     return loss, diagnostics, saved
 
@@ -136,7 +133,7 @@ def _states(
     of_parts = of_classes + K + SCALAR_COUNT
     if (tl.program_id(0) == 0) & (split == 0):
         tl.store(of_classes + K + COUNTER, 0.0)
-    scales = scales_of(image, image_stride, rows, D, BD, NORMALIZE_IMAGE)
+    scales = row_scales(image, image_stride, rows, D, BD, MODE, NORMALIZE_IMAGE)
     first_of_row = tl.where(split == 0, B, 0)
     tl.store(saved + INVERSE * B + rows, scales, mask=own < first_of_row)
     first_of_class = tl.where(tl.program_id(0) == 0, K, 0)
@@ -150,7 +147,7 @@ def _states(
         first = (split * tiles + i) * BN
         columns = first + tl.arange(0, BN)
         inside = tl.minimum(columns, K - 1)
-        of_text = scales_of(text, text_stride, inside, D, BD, NORMALIZE_TEXT)
+        of_text = row_scales(text, text_stride, inside, D, BD, MODE, NORMALIZE_TEXT)
         tl.store(of_classes + inside, of_text, mask=columns < first_of_class)
         s = cosines(
             image, image_stride, rows, scales, text, text_stride, inside, of_text,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastood.kernels.configs import splits_for
+from fastood.kernels.configs import shares
 from fastood.kernels.launch import launch
 from fastood.kernels.source import Source, row_scales, similarities
 from fastood.kernels.wide import expm1, log1p
@@ -203,9 +203,7 @@ def entropies(of: Source, taus: tuple[float, ...]) -> Tensor:
     device = of.x.device
     # many sums are carried: half the columns of a tile keep them in registers
     columns = max(16, of.config.columns // 2)
-    splits = splits_for(of.config._replace(columns=columns), of.b, of.k, device)
-    per = -(-of.k // (splits * columns)) * columns
-    splits = -(-of.k // per)
+    splits, per = shares(of.config._replace(columns=columns), of.b, of.k, device)
     found = torch.empty((2, len(taus), of.b), dtype=torch.float32, device=device)
     sums = torch.empty((_FIELDS, splits, of.b, len(taus)), dtype=torch.float64, device=device)
     launch(

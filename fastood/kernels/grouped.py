@@ -26,7 +26,7 @@ from torch import Tensor
 from fastood.kernels import source
 from fastood.kernels.configs import splits_for
 from fastood.kernels.launch import launch
-from fastood.kernels.operands import Operand, prepare
+from fastood.kernels.operands import Operand, native, prepare
 from fastood.kernels.precision import Precision
 from fastood.kernels.products import tile
 from fastood.kernels.source import row_scales
@@ -342,8 +342,7 @@ def specialisations(
     precision: Precision, rows: int, width: int
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls for ``aot.py``: 1,000 classes and 100 groups of 100 negatives."""
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    image = torch.empty(rows, width, dtype=dtypes.get(precision, torch.float32))
+    image = torch.empty(rows, width, dtype=native(precision))
     bank = columns(torch.empty(1000, width), torch.empty(100, 100, width), 100, precision)
     for normalize in (True, False):
         label = "as it is" if not normalize else "normalized"

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastood.kernels.configs import pick
 from fastood.kernels.locoop_gradient import gradients
 from fastood.kernels.locoop_value import Job, patch_value
-from fastood.kernels.operands import prepare, scaled_first
+from fastood.kernels.operands import native, prepare, scaled_first
 from fastood.kernels.patches import scale_of
 from fastood.kernels.precision import Precision
 
@@ -77,8 +77,7 @@ def specialisations(
     precision: Precision, rows: int, width: int
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """What ``aot`` compiles for an entry of the table."""
-    halves = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    local = torch.empty((rows // 64, 64, width), dtype=halves.get(precision, torch.float32))
+    local = torch.empty((rows // 64, 64, width), dtype=native(precision))
     text, labels = torch.empty((1000, width)), torch.empty(rows // 64, dtype=torch.int64)
 
     def call(normalize: bool, gradient: bool) -> Callable[[], object]:

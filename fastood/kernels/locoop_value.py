@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastood.kernels.configs import Config, splits_for
+from fastood.kernels.configs import Config, shares
 from fastood.kernels.launch import launch
 from fastood.kernels.patches import offsets
 from fastood.kernels.source import row_scales, similarities
@@ -265,9 +265,7 @@ def patch_value(job: Job, labels: Tensor, top_k: int, tau: float, *, gradient: b
     b, p, _ = job.local.shape
     total, device = b * p, job.local.device
     config = job.config
-    splits = splits_for(config, total, job.k, device)
-    share = triton.cdiv(triton.cdiv(job.k, config.columns), splits) * config.columns
-    splits = triton.cdiv(job.k, share)
+    splits, share = shares(config, total, job.k, device)
     state, found = job.numbers(3, splits, total), job.numbers(3, splits, total)
     inverses = job.numbers(total if job.products["NORMALIZE"] else 0)
     sizes = (b, p, job.k, share)

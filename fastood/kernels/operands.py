@@ -13,7 +13,7 @@ from fastood.kernels.launch import launch
 from fastood.kernels.precision import Precision
 from fastood.kernels.products import as_operand, inverse_norms, low_half
 
-__all__ = ["Operand", "prepare", "scaled_first"]
+__all__ = ["Operand", "native", "prepare", "scaled_first"]
 
 _DTYPES = {
     "fp16": torch.float16,
@@ -22,6 +22,11 @@ _DTYPES = {
     "fp16x3": torch.float16,
     "fp32": torch.float32,
 }
+
+
+def native(precision: Precision) -> torch.dtype:
+    """Of features that a precision is the default for, or that it takes without a cast."""
+    return torch.float32 if precision == "fp16x3" else _DTYPES[precision]
 
 
 class Operand(NamedTuple):

@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastood.kernels.configs import Config, pick, splits_for
+from fastood.kernels.configs import Config, pick, shares
 from fastood.kernels.launch import launch
-from fastood.kernels.operands import Operand, prepare, scaled_first
+from fastood.kernels.operands import Operand, native, prepare, scaled_first
 from fastood.kernels.precision import Precision
 from fastood.kernels.source import row_scales, similarities
 from fastood.kernels.state import vector_of
@@ -233,9 +233,7 @@ def _scores(
     if x.stride(-1) != 1:
         x = x.contiguous()
     b, p, _ = x.shape
-    splits = splits_for(config, b * p, k, x.device)
-    share = triton.cdiv(triton.cdiv(k, config.columns), splits) * config.columns
-    splits = triton.cdiv(k, share)
+    splits, share = shares(config, b * p, k, x.device)
     out = torch.empty((len(taus), b), dtype=torch.float32, device=x.device)
     if splits == 1:
         out.zero_()
@@ -295,8 +293,7 @@ def specialisations(
     precision: Precision, rows: int, width: int
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """What ``aot`` compiles for an entry of the table."""
-    halves = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    local = torch.empty((rows // 64, 64, width), dtype=halves.get(precision, torch.float32))
+    local = torch.empty((rows // 64, 64, width), dtype=native(precision))
     text = torch.empty((1000, width))
     for label, k, taus in (("split", 1000, 1), ("whole", 1, 1), ("four taus", 1, 4)):
         classes = prepare(text[:k], precision, normalize=True)

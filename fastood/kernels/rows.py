@@ -17,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastood.kernels import source
-from fastood.kernels.configs import splits_for
+from fastood.kernels.configs import shares
 from fastood.kernels.entropy import entropies
 from fastood.kernels.finish import finish_scores, finish_statistics
 from fastood.kernels.launch import launch
 from fastood.kernels.operands import Operand
 from fastood.kernels.source import Source, row_scales, similarities
 from fastood.kernels.state import empty_top, push, vector_of
-from fastood.ops.requests import Kind, Request
+from fastood.ops.requests import MAX_TAUS, Kind, Request
 
 __all__ = [
     "MAX_C",
@@ -37,7 +37,6 @@ __all__ = [
 
 MAX_C = 8
 """Values a row can hold; for a larger c callers take the reference, in blocks of rows."""
-MAX_TAUS = 16
 
 _TOGETHER = 16  # scores of one second launch
 _MOST = 2048  # of one call: the row of a score is part of a number that float32 has to hold
@@ -172,9 +171,7 @@ def _first(of: Source, taus: Sequence[float], c: int) -> _States:
     constants = {"C": held, "T": len(taus), "TP": 1 << (len(taus) - 1).bit_length()}
     scales = tuple(math.log2(math.e) / tau for tau in taus)
     device = of.x.device
-    splits = splits_for(of.config, of.b, of.k, device)
-    per = -(-of.k // (splits * of.config.columns)) * of.config.columns
-    splits = -(-of.k // per)
+    splits, per = shares(of.config, of.b, of.k, device)
     buffer = torch.empty(
         (splits, of.b, 2 * held + 1 + len(taus)), dtype=torch.float32, device=device
     )
