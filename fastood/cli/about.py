@@ -77,7 +77,7 @@ def info(json: o.Json = False) -> None:
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")  # a path cut short is no path
     table.add_row("python", f"{content['python']} on {content['platform']}")
     for package, version in versions.items():
         table.add_row(package, version)
