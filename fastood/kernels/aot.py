@@ -224,9 +224,12 @@ def _global_scores(precision: Precision, rows: int, width: int) -> Iterator[Call
         label = f"{image.dtype} c={c} taus={len(taus)} {options}".removeprefix("torch.")
         return label, partial(family.scores, requests, image, text, **options)
 
+    several = (0.01, 0.1, 1.0, 2.0)
     yield delta(own, 8)
-    yield delta(own, 1, (0.01, 0.1, 1.0, 2.0), normalize=False)
-    yield delta(own, 1, (0.01, 0.1, 1.0, 2.0))
+    yield delta(own, 8, several)
+    yield delta(own, 1, several, normalize=False)
+    yield delta(own, 1, several)
+    yield delta(own, 8, [0.01 * (i + 1) for i in range(16)])
     yield from (delta(own, c) for c in (1, 2, 4))
     if own.dtype != torch.float32:  # asked for with float32 features
         yield from (delta(own.float(), c) for c in (8, 1))

@@ -201,9 +201,8 @@ def _finish(
 def entropies(of: Source, taus: tuple[float, ...]) -> Tensor:
     """(2, T, B) float32: log K - H(softmax(s / tau)), and the variance of softmax(s / tau)."""
     device = of.x.device
-    # many sums are carried: half the columns of a tile keep them in registers
-    columns = max(16, of.config.columns // 2)
-    splits, per = shares(of.config._replace(columns=columns), of.b, of.k, device)
+    of = of.narrower()
+    splits, per = shares(of.config, of.b, of.k, device)
     found = torch.empty((2, len(taus), of.b), dtype=torch.float32, device=device)
     sums = torch.empty((_FIELDS, splits, of.b, len(taus)), dtype=torch.float64, device=device)
     launch(
@@ -216,7 +215,7 @@ def entropies(of: Source, taus: tuple[float, ...]) -> Tensor:
         per,
         tuple(1 / tau for tau in taus),
         device=device,
-        **{**of.constants, "BN": columns},
+        **of.constants,
         T=len(taus),
         TP=1 << (len(taus) - 1).bit_length(),
         **of.config.options,

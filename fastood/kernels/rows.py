@@ -167,6 +167,8 @@ class _States(NamedTuple):
 def _first(of: Source, taus: Sequence[float], c: int) -> _States:
     if c > MAX_C:
         raise ValueError(f"c: the kernels hold at most {MAX_C} values of a row, got {c}")
+    if len(taus) > 1:
+        of = of.narrower()
     held = 1 << (c - 1).bit_length()
     constants = {"C": held, "T": len(taus), "TP": 1 << (len(taus) - 1).bit_length()}
     scales = tuple(math.log2(math.e) / tau for tau in taus)

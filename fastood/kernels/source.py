@@ -47,6 +47,11 @@ class Source(NamedTuple):
             "BD": self.config.depth,
         }
 
+    def narrower(self) -> Source:
+        """With half the columns in a tile: sums carried beside it stay in registers."""
+        columns = max(16, self.config.columns // 2)
+        return self._replace(config=self.config._replace(columns=columns))
+
 
 def features(family: str, image: Tensor, text: Operand, *, normalize: bool) -> Source:
     """Products of ``image (B, D)``, divided by its norms if asked, with classes."""
