@@ -12,7 +12,7 @@ from torch import Tensor
 from fastood import reference
 from fastood.errors import KernelError
 from fastood.ops.dispatch import choose, fall_back, operator_precision, refuse_cuda
-from fastood.ops.ebm import energy_bound
+from fastood.ops.ebm import EbmLoss, energy_bound
 from fastood.ops.gpu import within
 from fastood.scores.bank import ClassBank
 from fastood.scores.compute import check_no_product
@@ -27,7 +27,7 @@ from fastood.scores.inputs import (
 )
 from fastood.tuning.inputs import features_of, labels_of
 
-__all__ = ["ebm_loss"]
+__all__ = ["ebm_loss", "ebm_terms"]
 
 
 def ebm_loss(
@@ -83,6 +83,46 @@ def ebm_loss(
             options, tau <= 0, non-finite weight, NaN, Inf or zero rows. On a GPU bad labels and
             rows make the loss NaN instead, unless FASTOOD_CHECK=1.
     """
+    return ebm_terms(
+        image,
+        text,
+        labels,
+        tau=tau,
+        weight=weight,
+        mask=mask,
+        keep=keep,
+        mask_by=mask_by,
+        edit=edit,
+        ce_on=ce_on,
+        renorm=renorm,
+        normalize=normalize,
+        impl=impl,
+        precision=precision,
+    ).loss
+
+
+def ebm_terms(
+    image: Tensor,
+    text: Tensor | ClassBank,
+    labels: Tensor,
+    *,
+    tau: float,
+    weight: float,
+    mask: str,
+    keep: float,
+    mask_by: str,
+    edit: str,
+    ce_on: str,
+    renorm: bool,
+    normalize: bool = True,
+    impl: str | None = None,
+    precision: str | None = None,
+) -> EbmLoss:
+    """``ebm_loss`` with its diagnostics, from the same pass: means of p_y1 and of st - s_y1.
+
+    E2 also approaches E0 as p_y1 falls to 0, which is no success: hence the first. Arguments and
+    errors are those of ``ebm_loss``.
+    """
     tau, weight, keep = check_tau(tau), check_scalar("weight", weight), check_scalar("keep", keep)
     _one_of("mask", mask, ("sign", "topp"))
     _one_of("mask_by", mask_by, ("top1", "label"))
@@ -134,7 +174,7 @@ def ebm_loss(
                 normalize_text=normalize_text,
                 on_gpu=on_gpu,
                 precision=operator_precision(impl, precision, image, classes) if on_gpu else "",
-            ).loss
+            )
         except KernelError as error:
             fall_back(error, impl, precision)
     z, t = features_of(image, text, normalize)
@@ -142,7 +182,8 @@ def ebm_loss(
     if not y.is_cuda:
         return _ebm_loss(z, t, y, tau, weight, kept, mask_by, edit, ce_on, renorm)
     y, valid = within(y, t.shape[-2])
-    return _ebm_loss(z, t, y, tau, weight, kept, mask_by, edit, ce_on, renorm) * valid.to(z.dtype)
+    found = _ebm_loss(z, t, y, tau, weight, kept, mask_by, edit, ce_on, renorm)
+    return EbmLoss(*(x * valid.to(z.dtype) for x in found))
 
 
 def _ebm_loss(
@@ -156,7 +197,7 @@ def _ebm_loss(
     edit: str,
     ce_on: str,
     renorm: bool,
-) -> Tensor:
+) -> EbmLoss:
     """The loss of unit features in differentiable torch: the specification of the kernel."""
     s = matmul_classes(z, t)
     k = s.shape[1]
@@ -173,22 +214,24 @@ def _ebm_loss(
         zm = zm / torch.linalg.vector_norm(zm, dim=-1, keepdim=True).clamp_min(1e-12)
 
     own = best[:, None]
+    st = (zm * _class_rows(t, best)).sum(dim=-1, keepdim=True)
+    top1 = s.gather(-1, own)
+    shift = top1.detach()
     if edit == "top1":
         chosen = F.one_hot(best, k).bool()
-        st = (zm * _class_rows(t, best)).sum(dim=-1, keepdim=True)
         edited = torch.where(chosen, st, s)
-        top1 = s.gather(-1, own)
-        shift = top1.detach()
         gap = (st - top1) / tau
         if k > 1:
             a = reference.logsumexp(((s - shift) / tau).masked_fill(chosen, -math.inf))[:, None]
             gap = reference.softplus_rise((st - shift) / tau - a, (top1 - shift) / tau - a, gap)
     else:
         edited = matmul_classes(zm, t)
-        shift = s.gather(-1, own).detach()
         gap = reference.logsumexp((edited - shift) / tau) - reference.logsumexp((s - shift) / tau)
     logits = (edited if ce_on == "edited" else s) / tau
-    return F.cross_entropy(logits, y) + weight * gap.mean()
+    with torch.no_grad():
+        p_top1 = F.softmax(s / tau, dim=-1).gather(-1, own)
+        diagnostics = torch.stack([p_top1.mean(), (st - top1).mean()])
+    return EbmLoss(F.cross_entropy(logits, y) + weight * gap.mean(), diagnostics)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +27,20 @@ from fastood.scores.inputs import (
 )
 from fastood.tuning.inputs import features_of, labels_of
 
-__all__ = ["locoop_loss"]
+__all__ = ["LocoopTerms", "locoop_loss", "locoop_terms"]
+
+
+class LocoopTerms(NamedTuple):
+    """The parts of the loss; with several processes their counts have to be summed first."""
+
+    cross_entropy: Tensor
+    """Mean over the B images, a scalar."""
+    patches: Tensor
+    """Mean over the OOD patches of Σ_k p_k log(p_k + 1e-5), 0 if there are none; a scalar."""
+    ood_patches: Tensor
+    """How many patches are OOD, an integer scalar."""
+    predicted: Tensor
+    """(B,) int64, the nearest class of each image."""
 
 
 def locoop_loss(
@@ -62,7 +77,35 @@ def locoop_loss(
         ValueError: as ``ebm_loss`` (on a GPU NaN, likewise); top_k outside 1..K-1 (no patch could
             ever be OOD).
     """
-    tau, weight = check_tau(tau), check_scalar("weight", weight)
+    weight = check_scalar("weight", weight)
+    found = locoop_terms(
+        image,
+        local,
+        text,
+        labels,
+        tau=tau,
+        top_k=top_k,
+        normalize=normalize,
+        impl=impl,
+        precision=precision,
+    )
+    return found.cross_entropy + weight * found.patches
+
+
+def locoop_terms(
+    image: Tensor,
+    local: Tensor,
+    text: Tensor | ClassBank,
+    labels: Tensor,
+    *,
+    tau: float,
+    top_k: int,
+    normalize: bool = True,
+    impl: str | None = None,
+    precision: str | None = None,
+) -> LocoopTerms:
+    """The parts of ``locoop_loss``; arguments and errors are its own."""
+    tau = check_tau(tau)
     z, t = features_of(image, text, normalize)
     normalize = normalize and (not isinstance(text, ClassBank) or text.normalize)
     check_tensor("local", local, (3,), "(B, P, D)")
@@ -80,7 +123,8 @@ def locoop_loss(
     valid = None
     if y.is_cuda:
         y, valid = within(y, k)
-    cross_entropy = F.cross_entropy(matmul_classes(z, t) / tau, y)
+    s = matmul_classes(z, t)
+    cross_entropy = F.cross_entropy(s / tau, y)
     if implementation != "reference" and t.ndim == 2:
         if implementation == "triton" and must_check(local):
             check_features("local", local, (3,), "(B, P, D)")
@@ -89,13 +133,15 @@ def locoop_loss(
         on_gpu = implementation == "triton"
         meant = operator_precision(impl, precision, zl, t) if on_gpu else ""
         # KernelError: only if the kernel was demanded, the operator has its default
-        term = patch_entropy(
+        found = patch_entropy(
             zl, t, y, top_k=top_k, tau=tau, normalize=inside, on_gpu=on_gpu, precision=meant
-        ).value
+        )
+        term, count = found.value, (found.rank >= top_k).sum()
     else:
-        term = _patch_term(_patches(local, z, normalize), t, y, tau, top_k)
-    loss = cross_entropy + weight * term
-    return loss if valid is None else loss * valid.to(loss.dtype)
+        term, count = _patch_term(_patches(local, z, normalize), t, y, tau, top_k)
+    if valid is not None:
+        cross_entropy, term = (x * valid.to(x.dtype) for x in (cross_entropy, term))
+    return LocoopTerms(cross_entropy, term, count, s.detach().argmax(dim=-1))
 
 
 def _patches(local: Tensor, image: Tensor, normalize: bool) -> Tensor:
@@ -103,12 +149,15 @@ def _patches(local: Tensor, image: Tensor, normalize: bool) -> Tensor:
     return unit_rows(zl) if normalize else zl
 
 
-def _patch_term(local: Tensor, text: Tensor, labels: Tensor, tau: float, top_k: int) -> Tensor:
-    """Mean over the OOD patches of Σ_k p_k log(p_k + 1e-5)."""
+def _patch_term(
+    local: Tensor, text: Tensor, labels: Tensor, tau: float, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """Mean over the OOD patches of Σ_k p_k log(p_k + 1e-5), and their number."""
     sl = matmul_classes(local, text)
     own = sl.gather(-1, labels[:, None, None].expand(-1, sl.shape[1], 1))
     out = (sl.detach() > own.detach()).sum(dim=-1) >= top_k
     p = F.softmax(sl / tau, dim=-1)
     neg_entropy = (p * (p + 1e-5).log()).sum(dim=-1)
     # a masked mean rather than indexing: no synchronisation, and zero where no patch is OOD
-    return (neg_entropy * out).sum() / out.sum().clamp_min(1)
+    count = out.sum()
+    return (neg_entropy * out).sum() / count.clamp_min(1), count
