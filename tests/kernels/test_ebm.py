@@ -54,7 +54,7 @@ def eager(image, text, labels, *, upstream=3.0, by_label=False, ce_original=Fals
     z, t = image.detach().requires_grad_(), text.detach().requires_grad_()
     unit = [x / torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (z, t)]
     names = "label" if by_label else "top1", "top1", "original" if ce_original else "edited"
-    value = _ebm_loss(*unit, labels, 0.01, 0.3, 0, *names, renorm)
+    value = _ebm_loss(*unit, labels, 0.01, 0.3, 0, *names, renorm).loss
     return (value.detach(), *torch.autograd.grad(value * upstream, (z, t)))
 
 
