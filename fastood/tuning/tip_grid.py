@@ -1,0 +1,405 @@
+"""The grid over Tip-Adapter's alpha and beta: every cell's accuracy from one pass over the images.
+
+The published search takes, for each of 200 x 20 cells (beta outside, alpha inside),
+
+    logits = γ z T' + alpha exp(-beta (1 - z Keys')) Y
+
+with both products anew and Y as a dense one-hot matrix. Three observations leave one product and a
+few passes over it, with the same counts:
+
+1. The affinities z Keys' are the same in every cell.
+2. c_k(beta) = Σ_{i in k} exp(-beta d_i), d = 1 - z Keys', is smooth in d: with d = m + h x and
+   Chebyshev's exp(-beta d) = Σ_n b_n(beta) T_n(x), c_k(beta) = Σ_n b_n(beta) Σ_{i in k} T_n(x_i).
+   Two dozen class sums T_n, made by a recurrence without any exp, serve all values of beta.
+3. An image is right if alpha (c_k - c_y) <= γ (s_y - s_k) for every class k: classes with s_k < s_y
+   bound alpha from above, those with s_k > s_y from below. One number of each per beta says for
+   which alpha the image is right.
+
+All of it is in float64. Where a bound comes so close to an alpha that the error of 2 could matter,
+or a class ties with the label, that image and beta are evaluated directly, by the formula; the
+counts are those of the formula in float64. Ties go to the lower class, as argmax has it.
+
+Source: arXiv 2207.09519 and the authors' code for the grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastood.scores.inputs import check_count, check_features, check_scalar, check_width, unit_rows
+from fastood.tuning.inputs import labels_of
+
+__all__ = ["GridResult", "count_right", "grid_maxima", "published_grid", "search"]
+
+_MAXIMA = {
+    "imagenet": (7.0, 3.0),
+    "oxfordpets": (7.0, 3.0),
+    "food101": (10.0, 10.0),
+    "stanfordcars": (20.0, 10.0),
+    "caltech101": (12.0, 5.0),
+}
+"""(beta, alpha) at which the published grids end, without reaching them."""
+
+_BLOCK = 1 << 19
+"""Float64 affinities of a block of images, 4 MiB: they are read three times."""
+
+_CHUNK = 1 << 14
+"""Affinities a recurrence works on at a time: three float64 buffers of this stay in the cache."""
+
+_PAIRS = 1 << 20
+"""Affinities evaluated directly at a time."""
+
+_SERIES = 1e-14
+"""Truncation of the series, relative to the largest kernel value of a block."""
+
+_ERROR = 1e-12
+"""Error of a difference of logits, relative to the sums it is made of: the series, its rounding
+(two dozen terms of 2e-16) and that of the products. Worst seen: 6e-14."""
+
+_DELICATE = 1e4
+"""Classes within this many errors of the label are not divided by."""
+
+
+@dataclass(frozen=True)
+class GridResult:
+    """What a search found.
+
+    Attributes:
+        alpha, beta: of the first cell that nothing before it equals, beta outside, alpha inside.
+        right: (betas, alphas) int64, images classified right in each cell.
+        images: N.
+        betas, alphas: the grid.
+    """
+
+    alpha: float
+    beta: float
+    right: Tensor
+    images: int
+    betas: tuple[float, ...]
+    alphas: tuple[float, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Of the chosen cell, in 0..1."""
+        return int(self.right.max()) / self.images
+
+
+def grid_maxima(dataset: str | None = None) -> tuple[float, float]:
+    """(beta, alpha) where the published grid of ``dataset`` ends; ImageNet's for any other set."""
+    key = "".join(ch for ch in (dataset or "imagenet").lower() if ch.isalnum())
+    return _MAXIMA.get(key, _MAXIMA["imagenet"])
+
+
+def published_grid(
+    max_beta: float = 7.0, max_alpha: float = 3.0, *, steps: tuple[int, int] = (200, 20)
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """betas and alphas: .1 + i (max - .1) / steps for i < steps, so that max is never reached.
+
+    Raises:
+        ValueError: maxima that are not positive, fewer than one step.
+    """
+    found = []
+    for name, top, count in (("beta", max_beta, steps[0]), ("alpha", max_alpha, steps[1])):
+        top = check_scalar(f"max_{name}", top)
+        if top <= 0:
+            raise ValueError(f"max_{name}: expected a number > 0, got {top!r}")
+        count = check_count("steps", count, 1, None)
+        found.append(tuple(i * (top - 0.1) / count + 0.1 for i in range(count)))
+    return found[0], found[1]
+
+
+def search(
+    features: Tensor,
+    labels: Tensor,
+    text: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    *,
+    logit_scale: float = 100.0,
+    betas: Sequence[float] | None = None,
+    alphas: Sequence[float] | None = None,
+) -> GridResult:
+    """The cell of the grid with the most images right; the first of several.
+
+    Args:
+        features, labels, text, keys, key_labels, logit_scale: as for ``count_right``.
+        betas, alphas: default the published grid of ImageNet.
+    Raises:
+        ValueError: as ``count_right``; no cell that classifies a single image right.
+    """
+    defaults = published_grid()
+    betas = tuple(defaults[0] if betas is None else betas)
+    alphas = tuple(defaults[1] if alphas is None else alphas)
+    right = count_right(
+        features, labels, text, keys, key_labels, betas, alphas, logit_scale=logit_scale
+    )
+    # the first of several equal maxima is where the last strict improvement happened
+    cell = int(right.flatten().argmax())
+    if int(right.flatten()[cell]) == 0:
+        raise ValueError(
+            f"labels: expected some of {len(labels)} images to be classified right in some cell, "
+            "got none; do the labels belong to this class list?"
+        )
+    beta, alpha = divmod(cell, len(alphas))
+    return GridResult(
+        float(alphas[alpha]),
+        float(betas[beta]),
+        right,
+        len(labels),
+        tuple(map(float, betas)),
+        tuple(map(float, alphas)),
+    )
+
+
+def count_right(
+    features: Tensor,
+    labels: Tensor,
+    text: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    betas: Sequence[float],
+    alphas: Sequence[float],
+    *,
+    logit_scale: float = 100.0,
+) -> Tensor:
+    """Images classified right in every cell of a grid.
+
+    Args:
+        features: (N, D) images, any norm; labels: (N,) int64 in 0..K-1.
+        text: (K, D) classes, any norm.
+        keys: (M, D) cached features as they are multiplied (unit rows, or trained ones).
+        key_labels: (M,) int64 in 0..K-1; any number for each class.
+        betas, alphas: finite, at least 0.
+        logit_scale: γ.
+    Returns:
+        (len(betas), len(alphas)) int64 on the CPU.
+    Raises:
+        ValueError: shapes and widths that do not fit, no image, labels outside 0..K-1, negative
+            alpha or beta.
+    Notes:
+        No N x M matrix is kept. Deterministic.
+    """
+    z = check_features("features", features, (2,), "(N, D)")
+    if len(z) == 0:
+        raise ValueError(
+            "features: expected at least one validation image to choose alpha and beta on, got "
+            "none; without validation data give alpha and beta"
+        )
+    check_features("text", text, (2,), "(K, D)")
+    check_features("keys", keys, (2,), "(M, D)")
+    check_width(z, text, ("features", "text"))
+    check_width(z, keys, ("features", "keys"))
+    y = _labels("labels", labels, z, len(text))
+    owners = _labels("key_labels", key_labels, keys, len(text))
+    beta, alpha = _axis("betas", betas), _axis("alphas", alphas)
+    gamma = check_scalar("logit_scale", logit_scale)
+    with torch.no_grad():
+        cache = _Cache(keys.double(), owners, len(text))
+        t = unit_rows(text.double())
+        total = torch.zeros(len(beta), len(alpha), dtype=torch.int64)
+        step = max(1, min(len(z), max(16, _BLOCK // max(1, cache.rows))))
+        for start in range(0, len(z), step):
+            rows = slice(start, start + step)
+            block = _Block(unit_rows(z[rows].double()), y[rows], t, cache, gamma)
+            total += block.count(beta.to(z.device), alpha.to(z.device)).cpu()
+    return total
+
+
+def _labels(name: str, labels: Tensor, rows: Tensor, k: int) -> Tensor:
+    try:
+        return labels_of(labels, rows, k)
+    except ValueError as error:
+        raise ValueError(str(error).replace("labels:", f"{name}:", 1)) from None
+
+
+def _axis(name: str, values: Sequence[float]) -> Tensor:
+    found = torch.tensor([check_scalar(name, v) for v in values], dtype=torch.float64)
+    if len(found) == 0 or bool((found < 0).any()):
+        raise ValueError(f"{name}: expected at least one number, all >= 0, got {list(values)[:5]}")
+    return found
+
+
+class _Cache:
+    """Keys ordered so that classes with about as many keys are neighbours, padded to as many."""
+
+    def __init__(self, keys: Tensor, labels: Tensor, k: int) -> None:
+        counts = torch.bincount(labels, minlength=k)
+        order = torch.argsort(counts, descending=True, stable=True)
+        by_class = torch.argsort(labels, stable=True)
+        starts = counts.cumsum(0) - counts
+        self.classes = k
+        self.largest = int(counts.max()) if k else 0
+        self.chunks: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        sizes = counts[order].tolist()
+        first = 0
+        while first < k and sizes[first] > 0:
+            width, last = sizes[first], first
+            most = max(1, _CHUNK // (16 * width))
+            # padding is at most as long as what is padded
+            while last < k and last - first < most and 2 * sizes[last] > width:
+                last += 1
+            mine = order[first:last]
+            slots = torch.arange(width, device=keys.device)
+            filled = slots < counts[mine, None]
+            index = torch.where(filled, starts[mine, None] + slots, 0)
+            rows = keys[by_class[index.flatten()]]
+            mask = None if bool(filled.all()) else filled.flatten()[:, None].to(keys.dtype)
+            self.chunks.append((mine, rows, mask))
+            first = last
+        self.rows = sum(len(rows) for _, rows, _ in self.chunks)
+
+
+class _Block:
+    """Some images against everything. Columns are images; d is (rows, I), sums are (K, I)."""
+
+    def __init__(self, z: Tensor, y: Tensor, text: Tensor, cache: _Cache, gamma: float) -> None:
+        self.cache, self.y = cache, y
+        self.logits = gamma * (text @ z.T)
+        self.distances = [torch.addmm(z.new_ones(()), rows, z.T, alpha=-1.0)
+                          for _, rows, _ in cache.chunks]  # fmt: skip
+        self.error = _ERROR * (abs(gamma) + 1.0)
+
+    def count(self, beta: Tensor, alpha: Tensor) -> Tensor:
+        low, high, direct = self._bounds(beta, float(alpha.max()))
+        order = torch.argsort(alpha)
+        ascending = alpha[order].contiguous()
+        # alphas are right from the first >= low to the last <= high; both sides of the tolerance
+        first = torch.searchsorted(ascending, (low * (1 - _SLACK)).contiguous())
+        past = torch.searchsorted(ascending, (high * (1 + _SLACK)).contiguous(), right=True)
+        strict_first = torch.searchsorted(ascending, (low * (1 + _SLACK)).contiguous(), right=True)
+        strict_past = torch.searchsorted(ascending, (high * (1 - _SLACK)).contiguous())
+        direct |= (first != strict_first) | (past != strict_past)
+        width = len(alpha) + 1
+        cells = torch.arange(len(beta), device=alpha.device)[:, None] * width
+        sure = ~direct & (first < past)
+        steps = torch.bincount((cells + first)[sure], minlength=len(beta) * width)
+        steps -= torch.bincount((cells + past)[sure], minlength=len(beta) * width)
+        counts = steps.view(len(beta), width).cumsum(1)[:, :-1]
+        found = torch.empty_like(counts)
+        found[:, order] = counts
+        where = direct.nonzero()
+        for pairs in where.split(max(1, _PAIRS // max(1, self.cache.rows + 20 * len(self.logits)))):
+            found.index_add_(0, pairs[:, 0], self._direct(beta[pairs[:, 0]], pairs[:, 1], alpha))
+        return found
+
+    def _bounds(self, beta: Tensor, most: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(betas, I) alphas from and up to which an image is right, and what is too close."""
+        k, images = self.logits.shape
+        own = self.y[None]
+        ahead = self.logits.gather(0, own) - self.logits  # γ (s_y - s_k)
+        error = self.error + _ERROR * most * self.cache.largest
+        near = ahead.abs() <= _DELICATE * error
+        near.scatter_(0, own, False)
+        delicate = near.any(dim=0)
+        weights, moments = self._moments(beta)
+        moments -= moments.gather(1, own.expand(len(moments), 1, images))
+        behind = ahead < -_DELICATE * error
+        scale = torch.where(ahead > _DELICATE * error, ahead, math.inf).reciprocal_()
+        upper = _largest(weights, moments * scale)  # of (c_k - c_y) / (γ (s_y - s_k)), or 0
+        high = upper.clamp_min_(0).reciprocal_()
+        low = torch.zeros_like(high)
+        lost = (behind.any(dim=0) & ~delicate).nonzero()[:, 0]
+        if len(lost):
+            mine = behind[:, lost]
+            scale = torch.where(mine, -ahead[:, lost], math.inf).reciprocal_()
+            # classes ahead have to be overtaken: (c_y - c_k) / (γ (s_k - s_y)) >= 1 / alpha
+            gain = -_largest(weights, moments[:, :, lost] * scale, ~mine)
+            low[:, lost] = torch.where(gain > 0, gain, 0.0).reciprocal_()
+        return low, high, delicate.expand(len(beta), -1).clone()
+
+    def _moments(self, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """(betas, n) and (n, K, I) whose product is c_k(beta) of every class and image."""
+        images = self.logits.shape[1]
+        ends = [d.aminmax() for d in self.distances]
+        low = math.floor(min((float(e.min) for e in ends), default=0.0) * 32) / 32
+        high = math.ceil(max((float(e.max) for e in ends), default=1.0) * 32) / 32
+        series = _series(tuple(beta.tolist()), low, max(high, low + 1 / 32))
+        terms = len(beta) if series is None else series.shape[1]
+        moments = self.logits.new_zeros(terms, self.cache.classes, images)
+        for (mine, _, mask), d in zip(self.cache.chunks, self.distances, strict=True):
+            sums = d.new_empty(terms, len(mine), images)
+            if series is None:
+                for n in range(terms):
+                    kernel = torch.exp(d * -beta[n])
+                    sums[n] = _class_sums(kernel if mask is None else kernel * mask, len(mine))
+            else:
+                _chebyshev(d, low, max(high, low + 1 / 32), mask, sums)
+            moments[:, mine] = sums
+        if series is None:
+            return torch.eye(terms, dtype=beta.dtype, device=beta.device), moments
+        return series.to(beta.device), moments
+
+    def _direct(self, beta: Tensor, images: Tensor, alpha: Tensor) -> Tensor:
+        """(pairs, alphas) int64: 1 where the formula itself classifies right."""
+        sums = self.logits.new_zeros(self.cache.classes, len(images))
+        for (mine, _, mask), d in zip(self.cache.chunks, self.distances, strict=True):
+            kernel = torch.exp(d[:, images] * -beta)
+            sums[mine] = _class_sums(kernel if mask is None else kernel * mask, len(mine))
+        logits, wanted = self.logits[:, images], self.y[images]
+        return torch.stack(
+            [((logits + sums * a).argmax(dim=0) == wanted).long() for a in alpha], dim=1
+        )
+
+
+_SLACK = 1e-4 + 1e-9
+"""Relative distance of a bound from an alpha below which the pair is evaluated directly: one error
+over the ``_DELICATE`` errors that a difference of cosines has at least."""
+
+
+def _class_sums(rows: Tensor, classes: int) -> Tensor:
+    return rows.view(classes, len(rows) // classes, rows.shape[1]).sum(dim=1)
+
+
+def _chebyshev(d: Tensor, low: float, high: float, mask: Tensor | None, out: Tensor) -> None:
+    """out[n] = class sums of T_n(x), x = d mapped from [low, high] to [-1, 1]."""
+    twice = (d - (low + high) / 2).mul_(4 / (high - low))
+    before = torch.ones_like(d) if mask is None else mask.expand_as(d).clone()
+    now = before * twice * 0.5
+    for n in range(len(out)):
+        torch.sum(before.view(out.shape[1], -1, d.shape[1]), dim=1, out=out[n])
+        # T_(n+2) = 2x T_(n+1) - T_n, over what T_n was
+        torch.addcmul(before.neg_(), twice, now, out=before)
+        before, now = now, before
+
+
+def _largest(weights: Tensor, moments: Tensor, leave_out: Tensor | None = None) -> Tensor:
+    """(betas, I) largest over classes of weights @ moments (n, K, I), some betas at a time."""
+    terms, k, images = moments.shape
+    flat = moments.reshape(terms, k * images)
+    step = max(1, _BLOCK // (2 * max(1, k * images)))
+    found = []
+    for some in weights.split(step):
+        values = (some @ flat).view(len(some), k, images)
+        if leave_out is not None:
+            values.masked_fill_(leave_out, -math.inf)
+        found.append(values.amax(dim=1))
+    return torch.cat(found)
+
+
+@lru_cache(maxsize=32)
+def _series(betas: tuple[float, ...], low: float, high: float) -> Tensor | None:
+    """(betas, n) Chebyshev coefficients of exp(-beta d) on [low, high].
+
+    None where the series would be as long as the grid: a beta that large is cheaper directly.
+    """
+    points = len(betas) + 32
+    # angles (2 j + 1) n π / (2 points), reduced as integers: cosines of large angles are not exact
+    odd = 2 * torch.arange(points)[:, None] + 1
+    angles = ((odd * torch.arange(points)) % (4 * points)).double() * (math.pi / (2 * points))
+    d = (low + high) / 2 + (high - low) / 2 * angles[:, 1].cos()
+    beta = torch.tensor(betas, dtype=torch.float64)[:, None]
+    # relative to the largest value on the interval, exp(-beta low)
+    found = torch.exp(-beta * (d - low)) @ angles.cos() * (2 / points)
+    found[:, 0] /= 2
+    # coefficients fall faster than any power: what is left out is about as large as its first
+    large = (found.abs().amax(dim=0) > _SERIES).nonzero()
+    terms = int(large[-1]) + 2 if len(large) else 2
+    if terms >= len(betas):
+        return None
+    return (found[:, :terms] * torch.exp(-beta * low)).contiguous()
