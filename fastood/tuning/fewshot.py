@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -20,9 +20,7 @@ from fastood.data.paths import path_text
 from fastood.errors import DataError
 from fastood.features.featureset import FeatureChunk, FeatureSet
 
-__all__ = ["coop_split", "few_shot", "take", "write_split"]
-
-Data = TypeVar("Data", ImageSet, FeatureSet)
+__all__ = ["coop_split", "few_shot", "take_features", "take_images", "write_split"]
 
 _VALIDATION_SHOTS = 4
 
@@ -90,7 +88,10 @@ def few_shot(
     if shots is None:
         return data
     chosen = _sample(groups, shots, random_state or random.Random(seed))
-    return take(data, sorted(chosen), note=f"{shots} shots per class, seed {seed}")
+    note = f"{shots} shots per class, seed {seed}"
+    if isinstance(data, ImageSet):
+        return take_images(data, sorted(chosen), note)
+    return take_features(data, sorted(chosen), note)
 
 
 def coop_split(
@@ -140,13 +141,13 @@ def coop_split(
                 f"{path_text(file)}: {len(absent)} images of {split!r} cannot be told apart or "
                 f"found by their path (first {path_text(absent[0])})"
             )
-        listed = take(images, [where[path_text(path)] for path in dict.fromkeys(order)])
+        listed = take_images(images, [where[path_text(path)] for path in dict.fromkeys(order)])
         count = shots if shots is None or most is None else min(shots, most)
         chosen = few_shot(
             listed, count, seed, class_names=images.class_names, random_state=generator
         )
         back = sorted(range(len(chosen)), key=lambda i: where[chosen.items[i].path])
-        drawn.append(dataclasses.replace(take(chosen, back), layout=chosen.layout))
+        drawn.append(dataclasses.replace(take_images(chosen, back), layout=chosen.layout))
     return drawn[0], drawn[1]
 
 
@@ -178,11 +179,14 @@ def write_split(path: str | os.PathLike[str], **splits: ImageSet) -> Path:
     return write_text(path, f"{{\n{lines}\n}}\n")
 
 
-def take(data: Data, index: Sequence[int], note: str | None = None) -> Data:
-    """The images at ``index``, in that order; features become one chunk in memory."""
-    if isinstance(data, ImageSet):
-        layout = data.layout if note is None else f"{data.layout}; {note}"
-        return dataclasses.replace(data, items=tuple(data.items[i] for i in index), layout=layout)
+def take_images(images: ImageSet, index: Sequence[int], note: str | None = None) -> ImageSet:
+    """The images at ``index``, in that order."""
+    layout = images.layout if note is None else f"{images.layout}; {note}"
+    return dataclasses.replace(images, items=tuple(images.items[i] for i in index), layout=layout)
+
+
+def take_features(data: FeatureSet, index: Sequence[int], note: str | None = None) -> FeatureSet:
+    """The features at ``index``, in that order, as one chunk in memory."""
     rows = torch.as_tensor(list(index), dtype=torch.int64)
     chunk = FeatureChunk(0, data.image()[rows], _local_rows(data, rows) if data.has_local else None)
     return dataclasses.replace(

@@ -15,7 +15,7 @@ from fastood.data import load_images
 from fastood.data.imageset import ImageItem, ImageSet
 from fastood.errors import DataError
 from fastood.features.featureset import FeatureChunk, FeatureSet
-from fastood.tuning.fewshot import coop_split, few_shot, take, write_split
+from fastood.tuning.fewshot import coop_split, few_shot, take_features, write_split
 
 
 def _images(counts: list[int], names: tuple[str, ...] | None = None) -> ImageSet:
@@ -176,4 +176,4 @@ def test_splits_that_are_not_there(tmp_path):
 
 
 def test_take_keeps_the_order_asked_for():
-    assert take(_features(9, 3), [7, 0]).paths == ("7", "0")
+    assert take_features(_features(9, 3), [7, 0]).paths == ("7", "0")
