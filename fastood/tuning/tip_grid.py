@@ -290,7 +290,7 @@ class _Block:
 
     def _bounds(self, beta: Tensor, most: float) -> tuple[Tensor, Tensor, Tensor]:
         """(betas, I) alphas from and up to which an image is right, and what is too close."""
-        k, images = self.logits.shape
+        images = self.logits.shape[1]
         own = self.y[None]
         ahead = self.logits.gather(0, own) - self.logits  # γ (s_y - s_k)
         error = self.error + _ERROR * most * self.cache.largest
