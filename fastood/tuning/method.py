@@ -187,6 +187,36 @@ class Method(nn.Module):
         """Hex digest of method, settings, classes, encoder and trained numbers."""
         return state_digest(self)
 
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what ``state_dict`` gave when the method was saved.
+
+        A buffer that has no elements before ``prepare`` takes whatever shape was saved.
+
+        Raises:
+            ValueError: missing or unknown names, or other shapes.
+        """
+        own = self.state_dict()
+        if own.keys() != tensors.keys():
+            raise ValueError(
+                f"state: expected {', '.join(own) or 'nothing'}, got "
+                f"{', '.join(tensors) or 'nothing'}"
+            )
+        for name, x in tensors.items():
+            if own[name].shape != x.shape and own[name].numel():
+                raise ValueError(
+                    f"{name}: the settings {self.settings()} mean {tuple(own[name].shape)}, got "
+                    f"{tuple(x.shape)}"
+                )
+        for name, x in tensors.items():
+            if own[name].shape != x.shape:
+                owner, _, leaf = name.rpartition(".")
+                module = self.get_submodule(owner)
+                x = x.to(own[name].device, own[name].dtype)
+                if isinstance(getattr(module, leaf), nn.Parameter):
+                    x = nn.Parameter(x)
+                setattr(module, leaf, x)
+        self.load_state_dict(dict(tensors))
+
 
 def check_settings(cls: type[Method], settings: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first setting ``cls`` does not have."""
