@@ -264,6 +264,12 @@ class _Block:
         self.distances = [torch.addmm(z.new_ones(()), rows, z.T, alpha=-1.0)
                           for _, rows, _ in cache.chunks]  # fmt: skip
         self.error = _ERROR * (abs(gamma) + 1.0)
+        ends = [d.aminmax() for d in self.distances]
+        low = min((float(e.min) for e in ends), default=0.0)
+        high = max((float(e.max) for e in ends), default=1.0)
+        # rounded outwards, so that most blocks share a series
+        self.low = math.floor(low * 32) / 32
+        self.high = max(math.ceil(high * 32) / 32, self.low + 1 / 32)
 
     def count(self, beta: Tensor, alpha: Tensor) -> Tensor:
         low, high, direct = self._bounds(beta, float(alpha.max()))
@@ -293,7 +299,9 @@ class _Block:
         images = self.logits.shape[1]
         own = self.y[None]
         ahead = self.logits.gather(0, own) - self.logits  # γ (s_y - s_k)
-        error = self.error + _ERROR * most * self.cache.largest
+        # keys that were trained may be longer than 1, and kernel values then larger
+        kernel = math.exp(min(700.0, max(0.0, -self.low * float(beta.max()))))
+        error = self.error + _ERROR * most * self.cache.largest * kernel
         near = ahead.abs() <= _DELICATE * error
         near.scatter_(0, own, False)
         delicate = near.any(dim=0)
@@ -316,10 +324,7 @@ class _Block:
     def _moments(self, beta: Tensor) -> tuple[Tensor, Tensor]:
         """(betas, n) and (n, K, I) whose product is c_k(beta) of every class and image."""
         images = self.logits.shape[1]
-        ends = [d.aminmax() for d in self.distances]
-        low = math.floor(min((float(e.min) for e in ends), default=0.0) * 32) / 32
-        high = math.ceil(max((float(e.max) for e in ends), default=1.0) * 32) / 32
-        series = _series(tuple(beta.tolist()), low, max(high, low + 1 / 32))
+        series = _series(tuple(beta.tolist()), self.low, self.high)
         terms = len(beta) if series is None else series.shape[1]
         moments = self.logits.new_zeros(terms, self.cache.classes, images)
         for (mine, _, mask), d in zip(self.cache.chunks, self.distances, strict=True):
@@ -329,7 +334,7 @@ class _Block:
                     kernel = torch.exp(d * -beta[n])
                     sums[n] = _class_sums(kernel if mask is None else kernel * mask, len(mine))
             else:
-                _chebyshev(d, low, max(high, low + 1 / 32), mask, sums)
+                _chebyshev(d, self.low, self.high, mask, sums)
             moments[:, mine] = sums
         if series is None:
             return torch.eye(terms, dtype=beta.dtype, device=beta.device), moments
