@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from fastood.scores.inputs import (
 )
 from fastood.tuning.inputs import features_of, labels_of
 
-__all__ = ["ebm_loss", "ebm_terms"]
+__all__ = ["check_options", "ebm_loss", "ebm_terms"]
 
 
 def ebm_loss(
@@ -123,13 +123,17 @@ def ebm_terms(
     E2 also approaches E0 as p_y1 falls to 0, which is no success: hence the first. Arguments and
     errors are those of ``ebm_loss``.
     """
-    tau, weight, keep = check_tau(tau), check_scalar("weight", weight), check_scalar("keep", keep)
-    _one_of("mask", mask, ("sign", "topp"))
-    _one_of("mask_by", mask_by, ("top1", "label"))
-    _one_of("edit", edit, ("top1", "all"))
-    _one_of("ce_on", ce_on, ("edited", "original"))
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep: expected 0 < keep <= 1, got {keep}")
+    tau = check_tau(tau)
+    checked = check_options(
+        weight=weight,
+        mask=mask,
+        keep=keep,
+        mask_by=mask_by,
+        edit=edit,
+        ce_on=ce_on,
+        renorm=renorm,
+    )
+    weight, keep = checked["weight"], checked["keep"]
     if isinstance(text, ClassBank):
         classes, normalize_text, normalize_image = text.text, False, normalize and text.normalize
     else:
@@ -184,6 +188,32 @@ def ebm_terms(
     y, valid = within(y, t.shape[-2])
     found = _ebm_loss(z, t, y, tau, weight, kept, mask_by, edit, ce_on, renorm)
     return EbmLoss(*(x * valid.to(z.dtype) for x in found))
+
+
+def check_options(
+    *, weight: Any, mask: Any, keep: Any, mask_by: Any, edit: Any, ce_on: Any, renorm: Any
+) -> dict[str, Any]:
+    """The options of the loss, if all are what ``ebm_loss`` takes.
+
+    Raises:
+        ValueError: as ``ebm_loss``.
+    """
+    weight, keep = check_scalar("weight", weight), check_scalar("keep", keep)
+    _one_of("mask", mask, ("sign", "topp"))
+    _one_of("mask_by", mask_by, ("top1", "label"))
+    _one_of("edit", edit, ("top1", "all"))
+    _one_of("ce_on", ce_on, ("edited", "original"))
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep: expected 0 < keep <= 1, got {keep}")
+    return {
+        "weight": weight,
+        "mask": mask,
+        "keep": keep,
+        "mask_by": mask_by,
+        "edit": edit,
+        "ce_on": ce_on,
+        "renorm": bool(renorm),
+    }
 
 
 def _ebm_loss(

@@ -220,8 +220,12 @@ class Method(nn.Module):
 
 def check_settings(cls: type[Method], settings: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first setting ``cls`` does not have."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    known: list[str] = []
+    for owner in cls.__mro__:  # on to the base class as long as ``**others`` are handed there
+        parameters = inspect.signature(owner.__init__).parameters.values()  # type: ignore[misc]
+        known += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
