@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastood.errors import ModelError
 from fastood.models.common import check_pixels
@@ -35,7 +35,8 @@ class TextSupport:
 
     context_length: int
     croppable: bool
-    """True if positions behind the longest end-of-text token cannot influence the features."""
+    """True if positions behind an end-of-text token cannot influence the features: only a prompt's
+    own tokens are run, and what several prompts begin with is run once."""
 
 
 class Encoder(ABC):
@@ -54,8 +55,9 @@ class Encoder(ABC):
         no_local: None if local features exist, else the reason they do not, for the user.
         text: None without a text tower.
 
-    The network is put into evaluation mode and never differentiated through; features come back
-    detached, on ``device``, in the dtype the towers computed in.
+    The network is put into evaluation mode and never differentiated through, except by
+    ``encode_tokens``; features come back detached, on ``device``, in the dtype the towers computed
+    in.
     """
 
     name: str
@@ -109,6 +111,18 @@ class Encoder(ABC):
         """
         del prompts
         return None
+
+    def text_module(self) -> nn.Module | None:
+        """The network that holds the text tower, for prompt learning; None if there is none."""
+        return None
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """(N, D) unnormalised features of token ids (N, L), by the whole tower, with gradient.
+
+        Raises:
+            ModelError: without a ``text_module``.
+        """
+        raise ModelError(f"{self.name} has no text tower that takes tokens")
 
     def head(self) -> Any:
         """A classifier's own head (``similarities(features, local=None)``), or None.

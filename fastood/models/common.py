@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "PROMPT_PROBE",
     "TOKENIZER_PROBE",
     "as_device",
     "as_dtype",
@@ -23,6 +24,9 @@ __all__ = [
 
 TOKENIZER_PROBE = "A photo of a Cardigan, 3 déjà-vu's."
 """Its tokens are part of a fingerprint: they tell tokenizers apart by case, digits and accents."""
+
+PROMPT_PROBE = ("a", "a photo of a small brown dog, a type of pet.")
+"""Two prompts of unequal length, on which every way to run a text tower has to agree."""
 
 _DTYPES = {
     "fp32": torch.float32,

@@ -15,6 +15,7 @@ from fastood.models import files
 from fastood.models import local as paths
 from fastood.models.base import Encoder, ImageFeatures, TextSupport
 from fastood.models.common import (
+    PROMPT_PROBE,
     TOKENIZER_PROBE,
     cut_prompts,
     features_of,
@@ -22,8 +23,8 @@ from fastood.models.common import (
     module_dtype,
     seeded,
 )
-from fastood.models.cropping import ContextCrop
 from fastood.models.fingerprint import Fingerprint, describe_callable
+from fastood.prompts.packed import TextPass
 
 __all__ = ["HFEncoder", "ProcessorTransform", "load_hf"]
 
@@ -98,9 +99,8 @@ class HFEncoder(Encoder):
         self._context = int(text.max_position_embeddings)
         eos = getattr(text, "eos_token_id", None)
         self._eos = eos if isinstance(eos, int) else -1
-        crop = self._cropped_text if self._clip and self._eos >= 0 else None
-        self._crop = ContextCrop(self._full_text, crop, self.tokenize)
-        self.text = TextSupport(self._context, self._crop.usable)
+        self._text = TextPass(model, self.encode_tokens, self._probe_prompts)
+        self.text = TextSupport(self._context, self._text.usable)
         self._fingerprint = Fingerprint(
             model,
             {
@@ -136,8 +136,8 @@ class HFEncoder(Encoder):
         prompts = tuple(prompts)
         if not prompts:
             return self._nothing().image
-        features = self._crop(self.tokenize(prompts).to(self.device))
-        self.text = TextSupport(self._context, self._crop.usable)
+        features = self._text(self.tokenize(prompts).to(self.device))
+        self.text = TextSupport(self._context, self._text.usable)
         return features
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -153,13 +153,14 @@ class HFEncoder(Encoder):
     def warn_prompts(self, prompts: Sequence[str]) -> list[str]:
         return cut_prompts(self.tokenize(prompts), prompts)
 
-    def _full_text(self, tokens: Tensor) -> Tensor:
+    def text_module(self) -> nn.Module:
+        return self.model
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
         return features_of(self.model.get_text_features(input_ids=tokens))
 
-    def _cropped_text(self, tokens: Tensor) -> Tensor:
-        # eos_token_id 2 marks old configurations, where the model itself takes the largest id
-        ends = tokens.argmax(-1) if self._eos == 2 else torch.eq(tokens, self._eos).int().argmax(-1)
-        return self._full_text(tokens[:, : int(ends.max()) + 1])
+    def _probe_prompts(self) -> Tensor:
+        return self.tokenize(PROMPT_PROBE).to(self.device)
 
 
 def _keep(config: Any) -> dict[str, Any]:

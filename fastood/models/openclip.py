@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from fastood.models import local as paths
 from fastood.models.base import Encoder, ImageFeatures, TextSupport
 from fastood.models.common import (
+    PROMPT_PROBE,
     TOKENIZER_PROBE,
     cut_prompts,
     features_of,
     module_device,
     module_dtype,
 )
-from fastood.models.cropping import CausalText, ContextCrop
 from fastood.models.fingerprint import Fingerprint, describe_callable
+from fastood.prompts.packed import TextPass
 
 __all__ = ["OpenClipEncoder"]
 
@@ -27,8 +28,8 @@ class OpenClipEncoder(Encoder):
     """A ``CLIP``, ``CustomTextCLIP`` or ``CoCa`` of open_clip.
 
     ViT and ResNet image towers offer local features; ``no_local`` names the reason where the
-    pooling leaves them undefined. Text runs only as far as the longest prompt where the tower is
-    causal and reads its feature at the end of text.
+    pooling leaves them undefined. Text runs without padding, and what all prompts of a call begin
+    with only once, where the tower is causal and reads its feature at the end of text.
 
     Args:
         model: the model; it is set to evaluation mode.
@@ -73,9 +74,8 @@ class OpenClipEncoder(Encoder):
         self.no_local = paths.open_clip_no_local(self.model.visual)
         if self.no_local is None:
             self.num_patches = paths.open_clip_num_patches(self.model.visual)
-        causal = CausalText.of(model)
-        self._crop = ContextCrop(self._full_text, causal, self.tokenize)
-        self.text = TextSupport(_context_length(self.model), self._crop.usable)
+        self._text = TextPass(model, self.encode_tokens, self._probe_prompts)
+        self.text = TextSupport(_context_length(self.model), self._text.usable)
         self._fingerprint = Fingerprint(
             model, {**_architecture(self.model), "tokens": self._probe_tokens()}
         )
@@ -106,9 +106,9 @@ class OpenClipEncoder(Encoder):
         prompts = tuple(prompts)
         if not prompts:
             return self._nothing().image
-        features = self._crop(self.tokenize(prompts).to(self.device))
-        if self.text is not None and self.text.croppable != self._crop.usable:
-            self.text = TextSupport(self.text.context_length, self._crop.usable)
+        features = self._text(self.tokenize(prompts).to(self.device))
+        if self.text is not None and self.text.croppable != self._text.usable:
+            self.text = TextSupport(self.text.context_length, self._text.usable)
         return features
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -118,8 +118,14 @@ class OpenClipEncoder(Encoder):
         found = list(self._warn(prompts)) if self._warn is not None else []
         return found + cut_prompts(self.tokenize(prompts), prompts)
 
-    def _full_text(self, tokens: Tensor) -> Tensor:
+    def text_module(self) -> nn.Module:
+        return self.model
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
         return features_of(self.model.encode_text(tokens, normalize=False))
+
+    def _probe_prompts(self) -> Tensor:
+        return self.tokenize(PROMPT_PROBE).to(self.device)
 
     def _probe_tokens(self) -> list[int]:
         return self.tokenize([TOKENIZER_PROBE])[0].tolist()
