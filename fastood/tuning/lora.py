@@ -1,0 +1,416 @@
+"""Low-rank updates of chosen weight matrices, W + (alpha / r) B A, and LoRA as a method.
+
+Updates attach to the parameters a model has, by parametrisation: whoever reads the parameter, also
+a fused attention that takes all of ``in_proj_weight``, sees the updated one. Several matrices that
+share a parameter (open_clip's q, k and v) share one parametrisation, and rows of other matrices
+pass through untouched. ``merge`` leaves a model of the original kind with the original keys.
+
+Source: arXiv 2106.09685; as a baseline of OOD detection arXiv 2406.12629 (SeTAR).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastood.errors import ModelError
+from fastood.models.base import Encoder, ImageFeatures
+from fastood.prompts.encoder import PromptEncoder
+from fastood.prompts.layout import fixed
+from fastood.prompts.tower import text_tower
+from fastood.scores.inputs import check_count, check_scalar, matmul_classes, unit_rows
+from fastood.tuning.locoop import locoop_terms
+from fastood.tuning.matrices import Matrix, find
+from fastood.tuning.method import Batch, Method, Needs, Term
+from fastood.tuning.parts import classified, images_of, or_nothing
+from fastood.tuning.recipes import RECIPES, Recipe
+
+__all__ = ["LoRA", "LowRank", "attach", "attached", "copy_encoder", "detach", "merge"]
+
+Factors = tuple[nn.Parameter, nn.Parameter]
+
+
+class LowRank(nn.Module):
+    """Parametrisation of one parameter: low-rank updates of the matrices kept in it.
+
+    W' = W + scale · B A for each matrix, A (r, in), B (out, r). The update is made and added in the
+    wider of both dtypes and returned in the parameter's. Rows that belong to no matrix, and all of
+    them while B = 0, are the original's bit for bit.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Matrix, Factors]], scale: float) -> None:
+        super().__init__()
+        self.matrices = tuple(matrix for matrix, _ in parts)
+        self.A = nn.ParameterList([a for _, (a, _) in parts])
+        self.B = nn.ParameterList([b for _, (_, b) in parts])
+        self.scale = scale
+        self.order: tuple[str, ...] = ()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        updated = [
+            (matrix.rows, self._updated(matrix.of(weight), a, b, matrix.transposed))
+            for matrix, a, b in zip(self.matrices, self.A, self.B, strict=True)
+        ]
+        if updated[0][0] is None:
+            return updated[0][1]
+        pieces, end = [], 0
+        for rows, piece in sorted(updated, key=lambda found: found[0] or (0, 0)):
+            assert rows is not None
+            pieces += [weight[end : rows[0]], piece]
+            end = rows[1]
+        return torch.cat([*pieces, weight[end:]])
+
+    def _updated(self, w: Tensor, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
+        found = (w + self.scale * (b @ a)).to(w.dtype)
+        return found.mT if transposed else found
+
+
+def attach(model: nn.Module, updates: Mapping[Matrix, Factors], *, scale: float) -> None:
+    """Put low-rank updates on matrices of ``model``, in place.
+
+    Args:
+        updates: for each matrix A (r, in) and B (out, r); these very parameters are used.
+        scale: alpha / r.
+    Raises:
+        ValueError: no updates; A and B of other shapes; a parameter that already has a
+            parametrisation (``merge`` or ``detach`` first).
+    Notes:
+        The parameters below stop requiring a gradient. Until ``merge`` or ``detach`` a state dict
+        of the model has other keys, so that it is not taken for one of the original.
+    """
+    if not updates:
+        raise ValueError("updates: expected at least one matrix, got none")
+    homes: dict[str, list[tuple[Matrix, Factors]]] = {}
+    for matrix, (a, b) in updates.items():
+        out, width = matrix.shape
+        if a.shape != (len(a), width) or b.shape != (out, len(a)):
+            raise ValueError(
+                f"updates: expected A (r, {width}) and B ({out}, r) for {matrix.address}, got "
+                f"{tuple(a.shape)} and {tuple(b.shape)}; is this another model?"
+            )
+        if parametrize.is_parametrized(model.get_submodule(matrix.module), matrix.parameter):
+            raise ValueError(
+                f"updates: {matrix.key} already has a parametrisation; merge or detach it first"
+            )
+        homes.setdefault(matrix.key, []).append((matrix, (a, b)))
+    for parts in homes.values():
+        matrix = parts[0][0]
+        module = model.get_submodule(matrix.module)
+        getattr(module, matrix.parameter).requires_grad_(False)
+        low_rank = LowRank(parts, scale)
+        low_rank.order = tuple(module._parameters)
+        parametrize.register_parametrization(module, matrix.parameter, low_rank, unsafe=True)
+
+
+def attached(model: nn.Module) -> tuple[Matrix, ...]:
+    """The matrices of ``model`` that have an update."""
+    return tuple(m for _, _, low_rank in _homes(model) for m in low_rank.matrices)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Write the updates into the weights: the same outputs, the original keys, no updates left.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    _remove(model, merged=True)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take the updates off: the original model.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    _remove(model, merged=False)
+    return model
+
+
+def _homes(model: nn.Module) -> list[tuple[nn.Module, str, LowRank]]:
+    found = []
+    for module in model.modules():
+        held = getattr(module, "parametrizations", None)
+        if parametrize.is_parametrized(module) and isinstance(held, nn.ModuleDict):
+            for name, chain in held.items():
+                if isinstance(chain, parametrize.ParametrizationList) and len(chain) == 1:
+                    low_rank = chain[0]
+                    if isinstance(low_rank, LowRank):
+                        found.append((module, name, low_rank))
+    return found
+
+
+def _remove(model: nn.Module, *, merged: bool) -> None:
+    homes = _homes(model)
+    if not homes:
+        raise ValueError("model: expected one with low-rank updates, found none")
+    for module, name, low_rank in homes:
+        with torch.no_grad():
+            parametrize.remove_parametrizations(module, name, leave_parametrized=merged)
+        # keys in the order of before, whatever was registered last
+        again = {n: module._parameters.pop(n) for n in low_rank.order if n in module._parameters}
+        module._parameters.update(again)
+
+
+def copy_encoder(encoder: Encoder, *, name: str | None = None) -> Encoder:
+    """An encoder of its own weights, equal to ``encoder`` now.
+
+    Raises:
+        ModelError: for anything but open_clip and Hugging Face models.
+    """
+    from fastood.models.hf import HFEncoder
+    from fastood.models.openclip import OpenClipEncoder
+
+    options: dict[str, Any] = {
+        "name": encoder.name if name is None else name,
+        "preprocess_id": encoder.preprocess_id,
+    }
+    # not a deep copy of the encoder: functions it holds would keep the first model's weights
+    if isinstance(encoder, OpenClipEncoder):
+        model = copy.deepcopy(encoder.model)
+        return OpenClipEncoder(
+            model, encoder.preprocess, encoder.tokenizer, warn=encoder._warn, **options
+        )
+    if isinstance(encoder, HFEncoder):
+        model = copy.deepcopy(encoder.model)
+        return HFEncoder(model, encoder.preprocess, encoder.tokenizer, **options)
+    raise ModelError(
+        f"{encoder.name}: LoRA changes the towers of open_clip and Hugging Face CLIPs, got a "
+        f"{type(encoder).__name__}"
+    )
+
+
+class LoRA(Method):
+    """Low-rank updates of chosen matrices of both towers; prompts stay fixed.
+
+    Trained on pixels: ``adapted(encoder)`` is the encoder with merged weights, and any prompts,
+    scores and adapters work with it. Texts are encoded anew in every step where the text tower is
+    adapted. The default is SeTAR's baseline: all ``up`` matrices of both towers, rank 32 (ViT-B/16;
+    64 for ViT-L/14), alpha 8 (inferred: the 16 of their configuration is never passed on).
+
+    Args:
+        kinds, towers, layers: which matrices, see ``fastood.tuning.matrices.find``.
+        rank: r.
+        alpha: updates are scaled by alpha / r.
+        loss: ``"locoop"``, cross-entropy + weight · mean over OOD patches of Σ_k p_k log(p_k +
+            1e-5), as SeTAR trains; or ``"ce"``, cross-entropy alone.
+        weight: of the patch term; SeTAR's for ViT-B/16 on ImageNet.
+        top_k: rank of the label from which a patch is OOD; default round(.3 K), which is SeTAR's
+            300 of ImageNet's 1000 and 4 of Pascal-VOC's 14 classes.
+        templates: prompts of the classes; SeTAR's has no full stop.
+        seed: of A, drawn uniformly as ``nn.Linear`` draws; B starts at 0.
+    Raises:
+        ValueError: rank < 1 or above a matrix's; an unknown loss; top_k outside 1..K-1.
+        ModelError: matrices the model does not have; ``loss="locoop"`` without patch features.
+    """
+
+    name: ClassVar[str] = "lora"
+    needs: ClassVar[Needs] = "pixels"
+    recipe: ClassVar[Recipe] = RECIPES["lora"]
+    local_note: ClassVar[str] = "patches of the changed image tower, against the changed texts"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        class_names: Sequence[str],
+        *,
+        kinds: Iterable[str] | str = ("up",),
+        towers: Iterable[str] | str = ("image", "text"),
+        layers: Iterable[int] | None = None,
+        rank: int = 32,
+        alpha: float = 8.0,
+        loss: Literal["locoop", "ce"] = "locoop",
+        weight: float = 0.1,
+        top_k: int | None = None,
+        templates: str | Sequence[str] = "mcm",
+        seed: int = 1,
+    ) -> None:
+        if loss not in ("locoop", "ce"):
+            raise ValueError(f'loss: expected "locoop" or "ce", got {loss!r}')
+        rank = check_count("rank", rank, 1, None)
+        k = len(class_names)
+        if loss == "locoop":
+            if encoder.no_local is not None:
+                raise ModelError(
+                    f'lora with loss="locoop" trains with patch features; {encoder.name} has none '
+                    f'({encoder.no_local}); use loss="ce"'
+                )
+            if k < 2:
+                raise ValueError(f"class_names: expected at least 2 classes, got {k}")
+            if top_k is None:
+                top_k = min(max(1, round(0.3 * k)), k - 1)
+            elif isinstance(top_k, int) and top_k >= k:
+                raise ValueError(
+                    f"top_k: expected below the {k} classes, got {top_k}: no patch could be OOD"
+                )
+            top_k = check_count("top_k", top_k, 1, k - 1, high_name="K - 1 = ")
+        settings = {
+            "kinds": _listed(kinds),
+            "towers": _listed(towers),
+            "layers": None if layers is None else list(layers),
+            "rank": rank,
+            "alpha": check_scalar("alpha", alpha),
+            "loss": loss,
+            "weight": check_scalar("weight", weight),
+            "top_k": top_k,
+            "templates": templates if isinstance(templates, str) else list(templates),
+            "seed": check_count("seed", seed, 0, None),
+        }
+        super().__init__(encoder, class_names, settings)
+        self._student = copy_encoder(encoder)
+        model = _model(self._student).requires_grad_(False)
+        self._matrices = self._find(model)
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        generator = torch.Generator().manual_seed(seed)
+        for matrix in self._matrices:
+            out, width = matrix.shape
+            if rank > min(out, width):
+                raise ValueError(
+                    f"rank: expected at most {min(out, width)}, the full rank of {matrix.address} "
+                    f"({out}, {width}), got {rank}"
+                )
+            a = torch.empty(rank, width, dtype=self.dtype)
+            nn.init.kaiming_uniform_(a, a=5**0.5, generator=generator)
+            self.A[_key(matrix)] = nn.Parameter(a.to(encoder.device))
+            self.B[_key(matrix)] = nn.Parameter(
+                torch.zeros(out, rank, dtype=self.dtype, device=encoder.device)
+            )
+        attach(model, self._updates(self._matrices), scale=self._scale)
+        self._prompts = _Prompts(self._student, self.words, settings["templates"])
+        moving = {matrix.tower for matrix in self._matrices}
+        self._image_moves, self._text_moves = "image" in moving, "text" in moving
+        self._text: Tensor | None = None
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """What is updated."""
+        return self._matrices
+
+    def terms(self, batch: Batch) -> tuple[list[Term], Tensor]:
+        text = self.text()
+
+        def make() -> tuple[list[Term], Tensor]:
+            with_patches = self._settings["loss"] == "locoop"
+            found = self._encode(batch.image, local=with_patches)
+            z = images_of(Batch(found.image, batch.labels), self.encoder.embed_dim, self.dtype)
+            if not with_patches or found.local is None:
+                s = matmul_classes(unit_rows(z), text)
+                term, nearest = classified(s, batch.labels, self.tau)
+                return [term], nearest
+            local = found.local.to(self.dtype)
+            parts = locoop_terms(
+                z, local, text, batch.labels, tau=self.tau, top_k=self._settings["top_k"]
+            )
+            b, ood = len(z), parts.ood_patches
+            return [
+                Term("cross_entropy", parts.cross_entropy * b, b),
+                Term("patches", parts.patches * ood, ood, self._settings["weight"]),
+                Term("ood_patches", ood.to(z.dtype), float(b * local.shape[1]), 0.0),
+            ], parts.predicted
+
+        return or_nothing(batch, self._connected(text), make)
+
+    def text(self) -> Tensor:
+        """(K, D) unit text features of the updated tower, differentiable in its updates."""
+        if self._text_moves:
+            return self._prompts().to(self.dtype)
+        if self._text is None:
+            with torch.no_grad():
+                self._text = self._prompts().to(self.dtype)
+        return self._text
+
+    def adapted(self, encoder: Encoder) -> Encoder:
+        """A copy of ``encoder`` with the updates merged into its weights.
+
+        Its fingerprint is another, so that texts are encoded again and caches do not mix.
+
+        Raises:
+            ModelError: if its matrices are not those of the encoder trained on.
+        """
+        found = copy_encoder(encoder, name=f"{encoder.name} + lora")
+        model = _model(found)
+        kept = [p.requires_grad for p in model.parameters()]
+        matrices = self._find(model)
+        mine = [(m.address, m.shape) for m in self._matrices]
+        if [(m.address, m.shape) for m in matrices] != mine:
+            raise ModelError(f"{encoder.name} does not have the matrices of {self.encoder.name}")
+        attach(model, self._updates(matrices), scale=self._scale)
+        merge(model)
+        for parameter, needed in zip(model.parameters(), kept, strict=True):
+            parameter.requires_grad_(needed)
+        return found
+
+    @property
+    def _scale(self) -> float:
+        return float(self._settings["alpha"] / self._settings["rank"])
+
+    def _find(self, model: nn.Module) -> tuple[Matrix, ...]:
+        s = self._settings
+        return find(model, towers=s["towers"], kinds=s["kinds"], layers=s["layers"])
+
+    def _updates(self, matrices: Sequence[Matrix]) -> dict[Matrix, Factors]:
+        return {m: (self.A[_key(m)], self.B[_key(m)]) for m in matrices}
+
+    def _encode(self, pixels: Tensor, *, local: bool) -> ImageFeatures:
+        # encoders switch gradients off around this function; here they are what is wanted
+        encode = inspect.unwrap(type(self._student).encode_image)
+        with torch.set_grad_enabled(self._image_moves and torch.is_grad_enabled()):
+            found: ImageFeatures = encode(self._student, pixels, local=local)
+        return found
+
+    def _connected(self, text: Tensor) -> Tensor:
+        """``text``, connected to a trained number also where the text tower is not trained."""
+        if text.requires_grad or not torch.is_grad_enabled():
+            return text
+        return text + 0.0 * next(iter(self.B.values())).sum()
+
+
+class _Prompts:
+    """Class prompts as the student encodes them now: (K, D) unit rows, with gradient."""
+
+    def __init__(self, encoder: Encoder, words: Sequence[str], templates: Any) -> None:
+        from fastood.data.prompts import fill, resolve_templates
+
+        self._encode = []
+        for template in resolve_templates(templates):
+            tokens = encoder.tokenize([fill(template, word) for word in words])
+            module = encoder.text_module()
+            if tokens is None or module is None:
+                raise ModelError(f"{encoder.name} has no text tower that takes tokens")
+            tower = text_tower(module)
+            self._encode.append(
+                _whole(encoder, tokens)
+                if isinstance(tower, str)
+                else _packed(PromptEncoder(encoder, fixed(tokens, tower.ends(tokens))))
+            )
+
+    def __call__(self) -> Tensor:
+        rows = [unit_rows(encode()) for encode in self._encode]
+        return rows[0] if len(rows) == 1 else unit_rows(torch.stack(rows).mean(dim=0))
+
+
+def _whole(encoder: Encoder, tokens: Tensor) -> Any:
+    return lambda: encoder.encode_tokens(tokens.to(encoder.device))
+
+
+def _packed(prompts: PromptEncoder) -> Any:
+    return lambda: prompts(None)
+
+
+def _model(encoder: Encoder) -> nn.Module:
+    found: nn.Module = encoder.model  # type: ignore[attr-defined]
+    return found
+
+
+def _key(matrix: Matrix) -> str:
+    return matrix.address.replace(".", "_")
+
+
+def _listed(value: Iterable[str] | str) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
