@@ -187,3 +187,30 @@ def sgd_losses(
                 v.copy_(momentum * v + g if step else g)
                 p.sub_(lr * v)
     return losses
+
+
+# ------------------------------------------------------------------------ the whole text tower
+
+
+def plain_text_features(model: Any, embeddings: Tensor, ends: Tensor) -> Tensor:
+    """(K, D) features of prompts given as token embeddings (K, L, W), every position computed.
+
+    ``model`` is an open_clip ``CLIP``; ``ends`` (K,) are the positions of the end-of-text tokens.
+    """
+    dtype = model.transformer.get_cast_dtype()
+    x = embeddings.to(dtype) + model.positional_embedding.to(dtype)
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
+    return x[torch.arange(len(x), device=x.device), ends] @ model.text_projection
+
+
+def plain_prompts(model: Any, tokens: Tensor, at: Tensor, context: Tensor) -> Tensor:
+    """(K, L, W) token embeddings with the context (n_ctx, W) or (K, n_ctx, W) in place.
+
+    ``tokens`` (K, L); ``at`` (K, L) is the row of the context at each position, -1 for a word.
+    """
+    with torch.no_grad():
+        words = model.token_embedding(tokens)
+    if context.ndim == 2:
+        context = context.expand(len(tokens), -1, -1)
+    rows = context.gather(1, at.clamp_min(0)[..., None].expand(-1, -1, context.shape[-1]))
+    return torch.where((at >= 0)[..., None], rows, words)
