@@ -43,6 +43,9 @@ _PUBLISHED = {"stanfordcars": (3.0, 1.0), "caltech101": (3.0, 1.0)}
 
 _VIEWS = 10
 
+_BATCH = 256
+"""Images asked for at a time: live ones go through the image tower."""
+
 Scale = Literal["cosine", "logit"]
 
 
@@ -236,7 +239,8 @@ class TipAdapter(Method):
         index = torch.arange(len(data.labels))
         total: Tensor | None = None
         for view in range(int(views)):
-            rows = data.batch(index, view).image.to(self.text)
+            parts = [data.batch(some, view).image.to(self.text) for some in index.split(_BATCH)]
+            rows = torch.cat(parts) if parts else self.text.new_empty(0, self.text.shape[1])
             total = rows if total is None else total + rows
         if total is None:
             raise ValueError("data: expected at least one view of the training images")
