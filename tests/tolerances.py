@@ -50,3 +50,12 @@ ROUNDING_LUCK = 2.0
 # NegLabel's Triton kernels however their columns are cut: the same float32 cosines, sums relative
 # to another tile's largest. Worst seen: 3e-7.
 GROUPED_CUT_RTOL = 1e-6
+
+# Losses along 20 SGD steps by shared-prefix text and fused losses against the plain algorithms with
+# full text passes. Losses are of order 1 to 5; worst seen on the tiny CLIP: see each below.
+TRAJECTORY_LOSS_ATOL = 1e-4
+TRAJECTORY_LOSS64_ATOL = 1e-9
+
+# Parameters of order 1 trained by two processes and by one: sums of float32 in another order,
+# over tens of steps. Worst seen: see tests/tuning/test_loop.py, 1.2e-7 (x86-64 CPU).
+TWO_PROCESSES_ATOL = 1e-6
