@@ -59,3 +59,13 @@ TRAJECTORY_LOSS64_ATOL = 1e-9
 # Parameters of order 1 trained by two processes and by one: sums of float32 in another order,
 # over tens of steps. Worst seen: see tests/tuning/test_loop.py, 1.2e-7 (x86-64 CPU).
 TWO_PROCESSES_ATOL = 1e-6
+
+# Text features and gradients of prompts by the shared-prefix pass against the full pass, relative
+# to the largest number: two orders of summation. Worst seen: 2e-14 in float64, 2e-6 in float32
+# against float64 (gradients of two layers; x86-64 CPU).
+PROMPT_F64_RTOL = 1e-12
+PROMPT_RTOL = 1e-5
+
+# Features of tiny towers (norm about 6) with low-rank updates merged against the same attached: the
+# same weights, and room for fused attention, which only frozen weights may take. Worst seen: 0.
+LORA_MERGED_ATOL = 1e-6
