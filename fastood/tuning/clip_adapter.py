@@ -48,8 +48,8 @@ class ClipAdapter(Method):
     Raises:
         ValueError: settings out of range; an encoder narrower than ``reduction``.
     Notes:
-        Source: Gao et al., CLIP-Adapter; numbers as CRoFT (arXiv 2405.16417) trains it. Features
-        must come as the tower gave them: the adapter sees their norm.
+        Source: Gao et al., CLIP-Adapter; numbers as CRoFT (arXiv 2405.16417) trains it. Without
+        biases A(cf) = c A(f) for c > 0, so features normalised beforehand give the same s.
         Patches (our choice, the paper has none): unadapted, compared with the same prompts.
     """
 

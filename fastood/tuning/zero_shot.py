@@ -32,7 +32,9 @@ def fixed_text(
     from fastood.features.text import encode_classes
 
     found = encode_classes(encoder, words, templates=templates, allow_duplicates=True)
-    return found.features.to(dtype)
+    text = found.features.to(dtype)
+    # float32 rows have unit norm to float32's rounding only
+    return unit_rows(text) if dtype == torch.float64 else text
 
 
 class ZeroShot(Method):
