@@ -14,6 +14,7 @@ __all__ = [
     "FastoodError",
     "KernelError",
     "ModelError",
+    "TrainingError",
     "WeightsUnavailable",
 ]
 
@@ -44,3 +45,7 @@ class BuildError(FastoodError):
 
 class KernelError(FastoodError):
     """A GPU kernel that does not compile here; the message has the compiler's last lines."""
+
+
+class TrainingError(FastoodError):
+    """Training that cannot go on (a loss that is not finite); the last good state was kept."""

@@ -20,7 +20,7 @@ from fastood.data.paths import path_text
 from fastood.errors import DataError
 from fastood.features.featureset import FeatureChunk, FeatureSet
 
-__all__ = ["coop_split", "few_shot", "take_features", "take_images", "write_split"]
+__all__ = ["coop_split", "few_shot", "known_labels", "take_features", "take_images", "write_split"]
 
 _VALIDATION_SHOTS = 4
 
@@ -77,7 +77,7 @@ def few_shot(
         ValueError: shots < 1; images without a label; classes without images, or with fewer than
             ``shots``, with their names and counts.
     """
-    labels = _labels(data)
+    labels = known_labels(data)
     names = tuple(class_names if class_names is not None else data.class_names or ())
     if not names:
         names = tuple(f"class {k}" for k in range(max(labels) + 1))
@@ -165,7 +165,7 @@ def write_split(path: str | os.PathLike[str], **splits: ImageSet) -> Path:
     for split, images in splits.items():
         if images.class_names is None:
             raise ValueError(f"{split}: {images.name} has no class names; a split file needs them")
-        labels = _labels(images)
+        labels = known_labels(images)
         content[split] = [
             [item.path, label, images.class_names[label]]
             for item, label in zip(images, labels, strict=True)
@@ -210,7 +210,12 @@ def _local_rows(data: FeatureSet, rows: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _labels(data: ImageSet | FeatureSet) -> list[int]:
+def known_labels(data: ImageSet | FeatureSet) -> list[int]:
+    """The label of every image.
+
+    Raises:
+        ValueError: if the set is empty or an image has no label.
+    """
     if isinstance(data, ImageSet):
         labels = [-1 if item.label is None else item.label for item in data]
     else:
