@@ -154,11 +154,11 @@ def load_method(
         _check_classes(path, header.class_names, tuple(class_names))
     if settings is not None:
         _check_settings(path, header, settings)
-    method = method_class(header.method).build(encoder, header.class_names, **header.settings)
     try:
+        method = method_class(header.method).build(encoder, header.class_names, **header.settings)
         method.restore(tensors)
-    except ValueError as error:
-        raise DataError(f"{os.fspath(path)}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{os.fspath(path)}: what it holds does not fit: {error}") from error
     return method
 
 
@@ -213,7 +213,7 @@ def _header(path: str, metadata: Mapping[str, str]) -> Header:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: its header is damaged ({error})") from error
-    if found["method"] not in METHODS:
+    if not isinstance(found["method"], str) or found["method"] not in METHODS:
         raise DataError(
             f"{path}: holds the method {found['method']!r}, which this fastood ({__version__}) "
             f"does not have; it has {', '.join(METHODS)}"
@@ -293,9 +293,10 @@ def _check_classes(
 def _check_settings(
     path: str | os.PathLike[str], header: Header, settings: Mapping[str, Any]
 ) -> None:
+    given = json.loads(json.dumps(dict(settings)))  # as the file holds them: lists, no tuples
     different = [
         f"{name} is {header.settings.get(name)!r} in the file, {value!r} given"
-        for name, value in settings.items()
+        for name, value in given.items()
         if header.settings.get(name) != value
     ]
     if different:

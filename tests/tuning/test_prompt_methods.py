@@ -91,7 +91,7 @@ def test_ebm_runs_the_published_trajectory(dtype):
         {"chunk": 3, "class_specific": True},
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*learned prompts run slower")
+@pytest.mark.filterwarnings("ignore:.*learned prompts")
 def test_contexts_of_every_kind_learn(options):
     """Same start, same data: finite differences along the gradient agree with the gradient."""
     method = CoOp(encoder(torch.float64), NAMES, n_ctx=N_CTX, **options)
@@ -150,7 +150,7 @@ def test_locoop_where_no_patch_is_ood_is_coop():
     close(trained(locoop, data), trained(coop, data), torch.float64)
 
 
-@pytest.mark.filterwarnings("ignore:.*learned prompts run slower")
+@pytest.mark.filterwarnings("ignore:.*learned prompts")
 def test_the_random_start_is_private_and_seeded():
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -163,7 +163,7 @@ def test_the_random_start_is_private_and_seeded():
     assert float(big.detach().std()) == pytest.approx(0.02, rel=0.05)
 
 
-@pytest.mark.filterwarnings("ignore:.*learned prompts run slower")
+@pytest.mark.filterwarnings("ignore:.*learned prompts")
 def test_a_class_specific_context_from_words_starts_equal():
     method = CoOp(encoder(), NAMES, ctx_init="a photo of a", class_specific=True)
     assert method.context.shape == (len(NAMES), 4, 128)
