@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -20,7 +21,7 @@ from fastood.prompts.tower import TextTower, text_tower, token_embedding
 if TYPE_CHECKING:
     from fastood.models.base import Encoder
 
-__all__ = ["PromptEncoder"]
+__all__ = ["PromptEncoder", "end_of_text"]
 
 
 class PromptEncoder:
@@ -98,11 +99,15 @@ class PromptEncoder:
         if share and self.path != "shared":
             raise ValueError(f"share: expected a context all classes share, but {self.reason}")
         if self.reason is not None:
-            how = {"shared": "sharing less", "packed": "each class's own tokens", "full": "all"}
+            how = {
+                "shared": "share only a part of it and run slower",
+                "packed": "share none of it and run slower",
+                "full": "run through the whole token window, many times slower",
+            }
             warnings.warn(
-                f"{encoder.name}: {self.reason}; learned prompts run slower "
-                f"({self.path} pass, {how[self.path]} of the token window), with the same results",
-                stacklevel=2,
+                f"{encoder.name}: {self.reason}; learned prompts {how[self.path]}, with the same "
+                f"results",
+                stacklevel=_caller(),
             )
         self._packings: dict[tuple[int, int], Packing] = {}
 
@@ -125,12 +130,14 @@ class PromptEncoder:
             n_ctx=n_ctx,
             position=position,
             class_specific=class_specific,
-            ends=_ends_of(encoder),
+            ends=end_of_text(encoder),
         )
         return cls(encoder, layout, share=share, chunk=chunk)
 
     def embed(self, text: str) -> Tensor:
-        """(n, W) float32 embeddings of the tokens of ``text``, to start a context from.
+        """(n, W) embeddings of the tokens of ``text``, to start a context from.
+
+        float32, or float64 for such a tower.
 
         Raises:
             ValueError: if there are none.
@@ -138,12 +145,13 @@ class PromptEncoder:
         start = start_of(self._encoder.tokenize)
         tokens = self._encoder.tokenize([text])
         assert tokens is not None  # start_of has seen some
-        end = int(_ends_of(self._encoder)(tokens.long())[0])
+        end = int(end_of_text(self._encoder)(tokens.long())[0])
         if end <= start:
             raise ValueError(f"text: expected at least one word, got {text!r}")
         with torch.no_grad():
             device = next(self._table.parameters()).device
-            return self._table(tokens[0, start:end].long().to(device)).detach().float().clone()
+            rows = self._table(tokens[0, start:end].long().to(device))
+        return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
 
     def __call__(self, context: Tensor | None = None, classes: slice | None = None) -> Tensor:
         """Text features, not normalised, in the dtype of the tower.
@@ -261,16 +269,28 @@ class PromptEncoder:
         if shared == layout.n_ctx:
             return None
         if layout.class_specific:
-            return "each class has a context of its own"
+            return "each class has a learned context of its own"
         if shared:
-            return f"the name stands inside the context, of which classes share {shared} tokens"
+            return f"the name stands inside the context, {shared} tokens of which stand before it"
         return "the name stands before the context"
 
 
-def _ends_of(encoder: Encoder) -> Ends:
+def end_of_text(encoder: Encoder) -> Ends:
+    """Tokens (N, L) → (N,) positions of the end of text, as the encoder's tower finds it."""
     model = encoder.text_module()
     found = text_tower(model) if model is not None else "none"
     return _before_padding if isinstance(found, str) else found.ends
+
+
+def _caller() -> int:
+    """Stack level of the first frame outside this package, for warnings."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("fastood."):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+_ends_of = end_of_text
 
 
 def _before_padding(tokens: Tensor) -> Tensor:
@@ -287,7 +307,9 @@ def _probe(layout: PromptLayout, tower: TextTower) -> tuple[PromptLayout, Tensor
     window = len(row)
     eot, count = int(row[end]), max(1, min(layout.n_ctx, window - 6))
     # words below the end-of-text id, so that it stays the largest and the first
-    words = torch.randint(3, max(4, min(eot, 1000)) if eot > 3 else 1000, (2, window), generator=g)
+    size = len(next(tower.embedding.parameters()))
+    below = min(1000, size, eot) if eot > 3 else min(1000, size)
+    words = torch.randint(3, max(4, below), (2, window), generator=g)
     tokens = torch.full((2, window), int(row[-1]) if end < window - 1 else 0)
     context = torch.full_like(tokens, -1)
     ends = torch.tensor([min(window - 1, 1 + count + n) for n in (1, 4)])
