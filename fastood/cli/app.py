@@ -16,6 +16,7 @@ from fastood.cli.about import cache_app, info, models
 from fastood.cli.build import build
 from fastood.cli.evaluate import demo, evaluate, report
 from fastood.cli.screen import calibrate, score
+from fastood.cli.train import train
 from fastood.errors import FastoodError
 
 __all__ = ["app", "main", "run"]
@@ -42,6 +43,7 @@ app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("score")(score)
 app.command("calibrate")(calibrate)
+app.command("train")(train)
 app.command("demo")(demo)
 app.command("models")(models)
 app.command("build")(build)

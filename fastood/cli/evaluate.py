@@ -40,6 +40,7 @@ def evaluate(
     ] = None,
     classes: o.Classes = None,
     class_match: o.ClassMatch = "name",
+    adapt: o.Adapt = None,
     templates: o.Templates = None,
     text_features: o.TextFeatures = None,
     allow_duplicates: o.AllowDuplicates = False,

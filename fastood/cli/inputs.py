@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from fastood.models.base import Encoder
 
 __all__ = [
+    "adapted_classes",
     "affordable",
+    "literal",
     "parse_scores",
     "read_class_names",
     "read_features",
@@ -140,7 +142,7 @@ def parse_scores(texts: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
                     raise ValueError(f"--score {text}: fit is made from --train, not given")
                 if key.strip() in options:
                     raise ValueError(f"--score {text}: {key.strip()!r} is given twice")
-                options[key.strip()] = _value(value.strip())
+                options[key.strip()] = literal(value.strip())
             label = label if given or not options else entry
             if label in methods:
                 raise ValueError(f"--score {text}: {label!r} is asked for twice")
@@ -151,13 +153,23 @@ def parse_scores(texts: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     return methods
 
 
-def _value(text: str) -> Any:
+def literal(text: str) -> Any:
     if text in ("True", "False", "None"):
         return {"True": True, "False": False, "None": None}[text]
     try:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def adapted_classes(files: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The classes that the last of some adaptations brings along; None if class prompts do."""
+    if not files:
+        return None
+    from fastood.tuning.state import read_header
+
+    header = read_header(files[-1])
+    return tuple(header.class_names) if header.has_head else None
 
 
 def read_named_set(

@@ -84,6 +84,14 @@ Train = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Adapt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapt",
+        help="File of `fastood train`; repeat for several, in the order they were trained.",
+        rich_help_panel=_MODEL,
+    ),
+]
 ScoreNames = Annotated[
     list[str] | None,
     typer.Option(

@@ -30,6 +30,7 @@ class Request:
     named: bool = False
     templates: Sequence[str] | None = None
     text_features: str | None = None
+    adapt: Sequence[str] | None = None
     allow_duplicates: bool = False
     negatives: str | None = None
     groups: int = 100
@@ -88,6 +89,8 @@ class Request:
             )
         train = None if self.train is None else inputs.read_set(self.train)
         text, names = None, self.class_names
+        if names is None:
+            names = inputs.adapted_classes(self.adapt)
         if self.text_features is not None:
             features = inputs.read_features(self.text_features)
             text = features.image()
@@ -131,6 +134,7 @@ class Request:
                 negatives=negatives,
                 groups=self.groups,
                 text=text,
+                adapt=self.adapt or (),
                 train=train,
                 allow_duplicates=self.allow_duplicates,
                 cache=cache,

@@ -37,6 +37,7 @@ def calibrate(
     tpr: o.Tpr = 0.95,
     classes: o.Classes = None,
     class_match: o.ClassMatch = "name",
+    adapt: o.Adapt = None,
     templates: o.Templates = None,
     text_features: o.TextFeatures = None,
     allow_duplicates: o.AllowDuplicates = False,
@@ -115,6 +116,7 @@ def score(
         typer.Option("--score", help="As for eval. Default: the threshold's, or mcm."),
     ] = None,
     classes: o.Classes = None,
+    adapt: o.Adapt = None,
     templates: o.Templates = None,
     text_features: o.TextFeatures = None,
     allow_duplicates: o.AllowDuplicates = False,
@@ -158,8 +160,12 @@ def score(
         methods = {"mcm": ("mcm", {})}
     folder = None if out is None else OutputFolder(out)
     given, names = inputs.read_named_set(images, None, match="name", limit=limit)
+    adapt = adapt or recipe.get("adapt") or None
+    own = inputs.adapted_classes(adapt)
     if classes is not None:
         names = inputs.read_class_names(classes)
+    elif own is not None:
+        names = own
     elif recipe.get("class_names"):
         names = tuple(recipe["class_names"])
         allow_duplicates = True  # they were allowed when the threshold was made
@@ -180,6 +186,7 @@ def score(
         allow_duplicates=allow_duplicates,
         groups=groups,
         checkpoint=checkpoint or recipe.get("checkpoint"),
+        adapt=adapt,
     )
     with request.pipeline([given]) as pipeline:
         if decide is not None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "command",
     "console",
+    "duration",
     "error",
     "line",
     "note",
@@ -107,6 +108,15 @@ def plain_warnings() -> None:
             note(text)
 
     warnings.showwarning = show
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, or ``-:--`` where it is not known."""
+    if not 0 <= seconds < 1e7:
+        return "-:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastood.data.classes import plain_name
 from fastood.data.imageset import ImageSet
 from fastood.errors import DataError, ModelError
 from fastood.features.featureset import FeatureSet
@@ -12,7 +13,14 @@ from fastood.features.featureset import FeatureSet
 if TYPE_CHECKING:
     from fastood.models.base import Encoder
 
-__all__ = ["check_labels", "check_set", "check_set_names", "check_settings", "check_training"]
+__all__ = [
+    "check_labels",
+    "check_same_classes",
+    "check_set",
+    "check_set_names",
+    "check_settings",
+    "check_training",
+]
 
 _TAKEN = ("set", "role", "path", "label", "class_name", "predicted", "decision", "path_bytes")
 
@@ -27,6 +35,23 @@ def check_labels(labels: Iterable[Any]) -> None:
                 f"methods: a score cannot be called {label!r}, tables have a column of that name; "
                 f"expected a label other than {', '.join(_TAKEN)}"
             )
+
+
+def check_same_classes(given: Sequence[str], own: Sequence[str], source: str) -> None:
+    """The classes asked for must be those of an adaptation; their order may differ.
+
+    Raises:
+        ValueError: with what each side has and the other lacks.
+    """
+    ours, theirs = ({plain_name(n): n for n in names} for names in (own, given))
+    if ours.keys() == theirs.keys():
+        return
+    only = [sorted(a[n] for n in a.keys() - b.keys()) for a, b in ((theirs, ours), (ours, theirs))]
+    shown = [", ".join(names[:5]) + (", ..." if names[5:] else "") or "none" for names in only]
+    raise ValueError(
+        f"class_names: expected the {len(ours)} classes that {source} was trained on, got "
+        f"{len(theirs)}; only asked for: {shown[0]}; only trained: {shown[1]}"
+    )
 
 
 def check_settings(*, tpr: float, aupr: str, resamples: int, seed: int) -> float:

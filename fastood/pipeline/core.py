@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +16,12 @@ from fastood.data.classes import plain_name
 from fastood.data.imageset import ImageSet
 from fastood.errors import ModelError
 from fastood.features.featureset import FeatureSet
-from fastood.pipeline.checks import check_labels, check_set, check_training
+from fastood.pipeline.checks import (
+    check_labels,
+    check_same_classes,
+    check_set,
+    check_training,
+)
 from fastood.pipeline.heads import build_head
 from fastood.pipeline.methods import Fits, check_methods, split_fit_options
 from fastood.scores.bank import ClassBank, Head
@@ -68,6 +75,8 @@ class Pipeline:
         groups: number of groups they are split into.
         text: (K, D) ready class features instead of a text tower.
         head: an adapted model with ``similarities(features, local)`` instead of class features.
+        adapt: files of ``fastood train``, in the order they were trained: changed towers first,
+            then at most one that brings a head with classes of its own.
         train: labelled images or features that ``mahalanobis`` and ``knn`` are fitted to.
         logit_scale: γ where there is no encoder to read it from; 100 if left open, as for CLIP.
         allow_duplicates: let classes share a name (they tie exactly), with a warning.
@@ -91,6 +100,7 @@ class Pipeline:
         groups: int = 100,
         text: Tensor | None = None,
         head: Head | None = None,
+        adapt: Sequence[str | os.PathLike[str]] = (),
         train: ImageSet | FeatureSet | None = None,
         logit_scale: float | None = None,
         allow_duplicates: bool = False,
@@ -103,6 +113,11 @@ class Pipeline:
     ) -> None:
         if isinstance(class_names, str):
             raise TypeError(f"class_names: expected a list of names, got the text {class_names!r}")
+        if isinstance(adapt, (str, os.PathLike)):
+            raise TypeError(f"adapt: expected a list of files, got {adapt!r}")
+        self.adaptations: tuple[Mapping[str, Any], ...] = ()
+        if adapt:
+            encoder, head, class_names = self._adapted(encoder, class_names, head, text, adapt)
         self.encoder, self.cache, self.progress = encoder, cache, progress
         self._encode_options: dict[str, Any] = {
             "batch_size": batch_size,
@@ -302,6 +317,7 @@ class Pipeline:
             "model": None if self.encoder is None else self.encoder.name,
             "class_names": list(self.class_names),
             "templates": list(self.templates),
+            "adapt": [str(Path(made["file"]).absolute()) for made in self.adaptations],
         }
 
     def label(self, score: str | None) -> str:
@@ -332,6 +348,31 @@ class Pipeline:
         return describe_plan(self, id_set, ood_sets, calibration=calibration, settings=settings)
 
     # -- construction ------------------------------------------------------------------------
+
+    def _adapted(
+        self,
+        encoder: Encoder | None,
+        class_names: Sequence[str] | None,
+        head: Head | None,
+        text: Tensor | None,
+        files: Sequence[str | os.PathLike[str]],
+    ) -> tuple[Encoder, Head | None, Sequence[str] | None]:
+        """The model with its adaptations, and their classes if they bring any."""
+        from fastood.tuning.adaptation import adapt
+
+        if encoder is None:
+            raise ModelError("adapt: expected the model that was adapted, got none")
+        found = adapt(encoder, files)
+        self.adaptations = found.made_of
+        if found.head is None:
+            return found.encoder, head, class_names
+        if head is not None or text is not None:
+            raise ValueError(
+                f"adapt: {files[-1]} brings its own classes; expected no head or text beside it"
+            )
+        if class_names is not None:
+            check_same_classes(class_names, found.class_names or (), str(files[-1]))
+        return found.encoder, found.head, found.class_names
 
     def _check_needs(
         self,

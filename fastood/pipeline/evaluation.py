@@ -258,6 +258,7 @@ def _model(pipeline: Pipeline) -> dict[str, Any]:
             "dtype": "as given",
             "preprocess": None,
         }
+    adapted = bool(pipeline.adaptations)
     return {
         "name": encoder.name,
         "fingerprint": pipeline.model_fingerprint,
@@ -267,7 +268,13 @@ def _model(pipeline: Pipeline) -> dict[str, Any]:
         "device": str(encoder.device),
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "preprocess": encoder.preprocess_id,
+        **({"adapted": [_brief(made) for made in pipeline.adaptations]} if adapted else {}),
     }
+
+
+def _brief(made: Mapping[str, Any]) -> str:
+    """An adaptation in a line: a report has the rest from its file."""
+    return f"{made['method']} ({made['digest']})"
 
 
 def _scores(pipeline: Pipeline) -> dict[str, Any]:

@@ -212,6 +212,7 @@ class LoRA(Method):
 
     name: ClassVar[str] = "lora"
     needs: ClassVar[Needs] = "pixels"
+    changes_towers: ClassVar[bool] = True
     recipe: ClassVar[Recipe] = RECIPES["lora"]
     local_note: ClassVar[str] = "patches of the changed image tower, against the changed texts"
 

@@ -106,6 +106,7 @@ class Method(nn.Module):
         needs: what ``Batch.image`` and ``Batch.local`` must hold.
         recipe: the authors' training recipe.
         local_note: what patches mean for this method.
+        changes_towers: it has ``adapted(encoder)`` instead of ``head()``.
         tau: 1 / γ of the encoder.
         world: the processes that train together; by default this one alone.
     Raises:
@@ -116,6 +117,7 @@ class Method(nn.Module):
     needs: ClassVar[Needs]
     recipe: ClassVar[Recipe]
     local_note: ClassVar[str] = ""
+    changes_towers: ClassVar[bool] = False
 
     def __init__(
         self, encoder: Encoder, class_names: Sequence[str], settings: Mapping[str, Any]
@@ -181,6 +183,10 @@ class Method(nn.Module):
 
         Later training does not change it. It has ``fingerprint``, ``logit_scale`` and ``dim``.
         """
+        raise NotImplementedError
+
+    def adapted(self, encoder: Encoder) -> Encoder:
+        """A copy of ``encoder`` with changed towers, where ``changes_towers``."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:

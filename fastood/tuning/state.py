@@ -55,6 +55,11 @@ class Header:
     created: str = ""
     fastood: str = ""
 
+    @property
+    def has_head(self) -> bool:
+        """Whether it scores its own classes; otherwise it changes towers, for any classes."""
+        return not method_class(self.method).changes_towers
+
     def summary(self) -> dict[str, Any]:
         """JSON values for provenance: everything but the names, of which the number."""
         found = {**asdict(self), "classes": len(self.class_names)}

@@ -1,0 +1,284 @@
+"""``fastood train``: a method and a folder of labelled images in, an adaptation out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from fastood.cli import inputs, show
+from fastood.cli import options as o
+
+if TYPE_CHECKING:
+    from fastood.data.imageset import ImageSet
+    from fastood.features.featureset import FeatureSet
+    from fastood.tuning.history import Progress
+
+__all__ = ["train"]
+
+_RECIPE = "Recipe (default: the authors')"
+
+
+def train(
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="coop, cocoop, locoop, ebm, tip, tip-f, clip-adapter, lora or zoclip; with "
+            "settings: coop:n_ctx=4,position=middle."
+        ),
+    ],
+    id: Annotated[
+        str,
+        typer.Option(
+            help="Labelled training images: a folder with a subfolder for each class, a list, a "
+            "CoOp split file (drawn as CoOp draws), or features."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the result. Default: fastood-METHOD."),
+    ] = None,
+    model: o.Model = "ViT-B-16/openai",
+    shots: Annotated[
+        str, typer.Option(help="Images of each class, drawn with --seed; or 'all'.")
+    ] = "16",
+    seed: Annotated[int, typer.Option(help="Of draw, order, augmentation, initial values.")] = 1,
+    val: Annotated[
+        str | None,
+        typer.Option(help="Validation images of the same classes; never the test set."),
+    ] = None,
+    select: Annotated[
+        str, typer.Option(help="Keep the 'last' epoch (as published) or the best on 'validation'.")
+    ] = "last",
+    views: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="0: fresh augmentation, the image tower runs in every step. N: encode N "
+            "augmented views once and take them in turn (much faster, an approximation); 1: as is.",
+        ),
+    ] = 0,
+    epochs: Annotated[int | None, typer.Option(rich_help_panel=_RECIPE)] = None,
+    step_images: Annotated[
+        int | None, typer.Option("--step-images", help="Images per step.", rich_help_panel=_RECIPE)
+    ] = None,
+    lr: Annotated[float | None, typer.Option(rich_help_panel=_RECIPE)] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            help="Anything else of it: optimizer=adamw, weight_decay=0, warmup_epochs=0, ...",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    amp: Annotated[
+        bool, typer.Option("--amp", help="Mixed precision.", rich_help_panel=_RECIPE)
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write curves for TensorBoard.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again where another run lies.")
+    ] = False,
+    adapt: o.Adapt = None,
+    classes: o.Classes = None,
+    class_match: o.ClassMatch = "name",
+    pretrained: o.Pretrained = None,
+    checkpoint: o.Checkpoint = None,
+    allow_pickle: o.AllowPickle = False,
+    limit: o.Limit = None,
+    device: o.Device = None,
+    dtype: o.Dtype = "float32",
+    batch_size: o.BatchSize = 64,
+    workers: o.Workers = None,
+    cache: o.CacheFolder = None,
+    no_cache: o.NoCache = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Fine-tune a model on a few images of each class; `--adapt` then uses the result.
+
+    An interrupted run continues where it stopped when the same command is given again. Start it
+    with `torchrun --nproc-per-node N -m fastood ...` to share the work.
+    """
+    from fastood.features import FeatureCache
+    from fastood.models import load_model
+    from fastood.pipeline.finetune import ADAPTATION, fine_tune, recipe_of
+    from fastood.tuning.adaptation import adapt as put_on
+    from fastood.tuning.loop import CHECKPOINT
+    from fastood.tuning.method import check_settings
+    from fastood.tuning.parallel import World
+    from fastood.tuning.registry import method_class
+
+    name, settings = _method(method)
+    count = _shots(shots)
+    if select not in ("last", "validation"):
+        raise ValueError(f"--select: expected 'last' or 'validation', got {select!r}")
+    if select == "validation" and val is None:
+        raise ValueError("--select validation: expected validation images, got none; give --val")
+    kind = method_class(name)
+    check_settings(kind, settings)
+    changes = {**_pairs("--recipe", recipe), "epochs": epochs, "batch_size": step_images, "lr": lr}
+    recipe_of(kind, shots=count, **changes)
+    folder = Path(f"fastood-{name}") if out is None else out
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: expected a folder, got a file")
+    images, names, held = _sets(id, val, classes, class_match, limit, count, seed)
+    if names is None:
+        raise ValueError(
+            f"--id {id}: expected labelled images (a subfolder for each class), found no classes"
+        )
+    world = World.from_environment()
+    if overwrite and world.rank == 0:
+        for old in (CHECKPOINT, ADAPTATION):
+            (folder / old).unlink(missing_ok=True)
+    world.barrier()
+    encoder = load_model(
+        model,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        device=device,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+    )
+    if adapt:
+        found = put_on(encoder, adapt)
+        if found.head is not None:
+            raise ValueError(
+                f"--adapt {adapt[-1]}: expected files that change towers, got one with classes of "
+                "its own; nothing can be trained on top of it"
+            )
+        encoder = found.encoder
+    first = world.rank == 0
+    with show.progress(quiet=quiet or not first) as bar, _steps(quiet or not first) as steps:
+        done = fine_tune(
+            encoder,
+            name,
+            images,
+            class_names=names,
+            settings=settings,
+            shots=None if _drawn(id) else count,
+            seed=seed,
+            validation=held,
+            select=cast(Literal["last", "validation"], select),
+            recipe={k: v for k, v in changes.items() if v is not None},
+            views=views,
+            out=folder,
+            resume=True,
+            cache=None if no_cache else FeatureCache(cache),
+            batch_size=batch_size,
+            workers=workers,
+            amp=amp,
+            tensorboard=tensorboard,
+            encoding=bar,
+            progress=steps,
+            log=None if quiet or not first else show.note,
+        )
+    if not first:
+        return
+    if json:
+        show.print_json({"file": str(done.file), **done.history.as_dict()})
+        return
+    for line in done.history.notes:
+        show.note(line)
+    show.line(f"adaptation: {done.file}")
+    show.line(f"use it: fastood eval --model {model} --adapt {done.file} --id ... --ood ...")
+
+
+def _method(text: str) -> tuple[str, dict[str, Any]]:
+    """``coop:n_ctx=4`` to its name and settings."""
+    name, _, tail = text.partition(":")
+    return name.strip(), _pairs(f"{text!r}", tail.split(",") if tail else None)
+
+
+def _pairs(what: str, texts: list[str] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise ValueError(f"{what}: expected name=value, got {text!r}")
+        if key in found:
+            raise ValueError(f"{what}: {key!r} is given twice")
+        found[key] = inputs.literal(value.strip())
+    return found
+
+
+def _shots(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"--shots: expected a number of images of each class or 'all', got {text}")
+    return int(text)
+
+
+def _drawn(text: str) -> bool:
+    """Whether ``--id`` names a CoOp split as a whole: then both of its sets are drawn together."""
+    path = Path(text)
+    file = path.is_file() and path.suffix.lower() == ".json"
+    return file or (path.is_dir() and len(list(path.glob("split_zhou_*.json"))) == 1)
+
+
+def _sets(
+    id: str,
+    val: str | None,
+    classes: str | None,
+    match: str,
+    limit: int | None,
+    shots: int | None,
+    seed: int,
+) -> tuple[ImageSet | FeatureSet, tuple[str, ...] | None, ImageSet | FeatureSet | None]:
+    """Training images, class names, validation images."""
+    if not _drawn(id):
+        images, names = inputs.read_named_set(id, classes, match=match, limit=limit)
+        return images, names, None if val is None else inputs.read_set(val, limit=limit)
+    from fastood.tuning.fewshot import coop_split
+
+    if classes is not None or limit is not None:
+        raise ValueError(f"--id {id}: a CoOp split names its classes and images; expected neither "
+                         "--classes nor --limit")  # fmt: skip
+    images, held = coop_split(id, shots, seed)
+    return images, images.class_names, held if val is None else inputs.read_set(val)
+
+
+@contextmanager
+def _steps(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """A bar over the steps of all epochs, with loss, accuracy and time left."""
+    if quiet:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}, accuracy {task.fields[accuracy]:.1%}"),
+        TimeElapsedColumn(),
+        TextColumn("left {task.fields[left]}"),
+        console=show.console(stderr=True),
+    )
+    task = None
+
+    def update(at: Progress) -> None:
+        nonlocal task
+        fields: dict[str, Any] = {
+            "epoch": f"{at.epoch}/{at.epochs}",
+            "loss": at.loss,
+            "accuracy": at.accuracy,
+            "left": show.duration(at.eta_seconds),
+        }
+        total = at.epochs * at.steps
+        if task is None:
+            task = bar.add_task("", total=total, **fields)
+            bar.start()
+        bar.update(task, completed=(at.epoch - 1) * at.steps + at.step, **fields)
+
+    try:
+        yield update
+    finally:
+        bar.stop()

@@ -1,0 +1,303 @@
+"""Images and a method's name in, a trained method and its file out."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from fastood.data.classes import plain_name
+from fastood.data.imageset import ImageSet
+from fastood.errors import DataError, ModelError
+from fastood.features.featureset import FeatureSet
+from fastood.tuning.augment import CLIP_TRAIN, TIP_VIEWS
+from fastood.tuning.fewshot import few_shot
+from fastood.tuning.history import History, Progress
+from fastood.tuning.live import LiveImages
+from fastood.tuning.loop import CHECKPOINT, train
+from fastood.tuning.method import Method, check_settings
+from fastood.tuning.parallel import World
+from fastood.tuning.recipes import Recipe, epochs_of_coop
+from fastood.tuning.registry import method_class
+from fastood.tuning.state import save_method
+from fastood.tuning.tip import TipAdapter
+from fastood.tuning.views import FeatureData, FeatureViews, TrainingData
+
+if TYPE_CHECKING:
+    from fastood.features.cache import FeatureCache
+    from fastood.features.encode import Progress as Encoding
+    from fastood.models.base import Encoder
+
+__all__ = ["ADAPTATION", "FineTuned", "fine_tune", "recipe_of", "with_classes"]
+
+ADAPTATION = "adaptation.safetensors"
+
+Given = ImageSet | FeatureSet
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A trained method.
+
+    Attributes:
+        method: ``head()`` scores with it; LoRA has ``adapted(encoder)`` instead.
+        history: loss, accuracy and settings of every epoch.
+        file: what ``--adapt`` and ``Pipeline(adapt=[...])`` take; None without ``out``.
+    """
+
+    method: Method
+    history: History
+    file: Path | None
+
+
+def fine_tune(
+    encoder: Encoder,
+    method: str,
+    images: Given,
+    *,
+    class_names: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    shots: int | None = 16,
+    seed: int = 1,
+    validation: Given | None = None,
+    select: Literal["last", "validation"] = "last",
+    recipe: Mapping[str, Any] | None = None,
+    views: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    cache: FeatureCache | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    amp: bool = False,
+    tensorboard: bool = False,
+    encoding: Encoding | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    log: Callable[[str], None] | None = None,
+) -> FineTuned:
+    """Adapt ``encoder`` to the classes of ``images`` by one of the methods of ``METHODS``.
+
+    Args:
+        encoder: the network; it is not changed.
+        method: ``"coop"``, ``"cocoop"``, ``"locoop"``, ``"ebm"``, ``"tip"``, ``"tip-f"``,
+            ``"clip-adapter"``, ``"lora"``, ``"zoclip"``.
+        images: labelled training images, or features of them.
+        class_names: K names in the order of the labels; default: those of ``images``.
+        settings: of the method (``n_ctx``, ``weight``, ...), where not the authors' defaults.
+        shots: images of each class, drawn with ``seed``; None takes all.
+        seed: of the draw, the order, the augmentation and, unless set, the initial values.
+        validation: labelled images of the same classes: their accuracy is noted after every epoch,
+            and Tip-Adapter's alpha and beta are chosen on them. Never the test set.
+        select: parameters of the last epoch (as published), or of the best on ``validation``.
+        recipe: changes to the authors' recipe (``epochs``, ``lr``, ``batch_size``, ...).
+        views: 0 augments freshly in every epoch, which runs the image tower in every step; V > 0
+            encodes V views once and takes them in turn (V >= 2 augmented), an approximation. One
+            view is the picture as it is. Features are what they are.
+        out: folder for ``adaptation.safetensors``, the state of the run and its history.
+        resume: go on from the state in ``out``, if there is one.
+        cache, batch_size, workers, encoding: as for ``encode_images`` (progress: ``encoding``).
+        amp, tensorboard, progress, log: as for ``fastood.tuning.train``.
+    Returns:
+        The trained method, its history and file.
+    Raises:
+        ValueError: unknown method, setting or recipe field; classes without images or with fewer
+            than ``shots``; ``select="validation"`` without validation images.
+        DataError, ModelError, TrainingError: as ``fastood.tuning.train``.
+    """
+    kind = method_class(method)
+    chosen = _settings(kind, settings or {}, seed)
+    changed = recipe_of(kind, shots=shots, dataset=images.name, **(recipe or {}))
+    if views < 0:
+        raise ValueError(f"views: expected 0 (fresh augmentation) or more, got {views}")
+    names = tuple(class_names if class_names is not None else images.class_names or ())
+    if not names:
+        raise ValueError(
+            f"{images.name}: expected class names with the images (folders named after classes), "
+            "or class_names"
+        )
+    images = few_shot(with_classes(images, names), shots, seed, class_names=names)
+    held = None if validation is None else with_classes(validation, names)
+    _refuse_features(kind, images, held)
+    world = World.from_environment()
+    built = kind.build(encoder, names, **chosen)
+    built.world = world
+
+    options: dict[str, Any] = {
+        "cache": cache,
+        "batch_size": batch_size,
+        "workers": workers,
+        "progress": encoding if world.rank == 0 else None,
+        "log": log,
+        "world": world,
+    }
+    data = _training(encoder, kind, images, names, views, seed, options)
+    checking = _validation(encoder, kind, held, names, options)
+    folder = None if out is None else Path(out)
+    history = train(
+        built,
+        data,
+        recipe=changed,
+        seed=seed,
+        out=folder,
+        validation=checking,
+        select=select if changed.epochs else "last",
+        resume=resume and folder is not None and (folder / CHECKPOINT).exists(),
+        amp=amp,
+        tensorboard=tensorboard,
+        progress=progress,
+        log=log,
+    )
+    if isinstance(built, TipAdapter) and checking is not None:
+        found = built.choose(_all(checking), checking.labels, dataset=images.name)
+        history.note(
+            f"alpha {found.alpha:.4g} and beta {found.beta:.4g} chosen on {found.images} "
+            f"validation images (accuracy {found.accuracy:.4f})"
+        )
+    if not history.data:  # nothing was trained
+        history.data = {"training": data.describe()}
+    file = None
+    if folder is not None and world.rank == 0:
+        file = save_method(folder / ADAPTATION, built, encoder=encoder, history=history)
+    return FineTuned(built, history, file)
+
+
+def recipe_of(
+    kind: type[Method], *, shots: int | None, dataset: str | None = None, **changes: Any
+) -> Recipe:
+    """The authors' recipe with what is asked to be different.
+
+    CoOp's number of epochs depends on the shots, and on whether the set is ImageNet.
+
+    Raises:
+        ValueError: a field that recipes do not have, or a value out of range.
+    """
+    fields = [f.name for f in dataclasses.fields(Recipe) if f.name != "source"]
+    unknown = [name for name in changes if name not in fields]
+    if unknown:
+        raise ValueError(
+            f"recipe: there is no {', '.join(map(repr, unknown))}; expected {', '.join(fields)}"
+        )
+    given = {name: value for name, value in changes.items() if value is not None}
+    if kind.name == "coop" and "epochs" not in given:
+        given["epochs"] = epochs_of_coop(shots, dataset)
+    return dataclasses.replace(kind.recipe, **given)
+
+
+def with_classes(given: Given, names: Sequence[str]) -> Given:
+    """The same set with labels that index ``names``; spelling decides, not order.
+
+    Raises:
+        DataError: classes of the set that are not among ``names``, or no classes at all.
+    """
+    theirs = given.class_names
+    if theirs is not None and tuple(theirs) == tuple(names):
+        return given
+    if theirs is None:
+        raise DataError(f"{given.name}: expected labelled images (folders named after classes)")
+    own = {plain_name(name): k for k, name in enumerate(names)}
+    foreign = [name for name in theirs if plain_name(name) not in own]
+    if foreign or len(own) < len(names):
+        shown = ", ".join(foreign[:5]) or "names that differ only in spelling"
+        raise DataError(
+            f"{given.name}: expected the {len(names)} classes trained on, got "
+            f"{len(theirs)} with others among them: {shown}"
+        )
+    index = np.array([own[plain_name(name)] for name in theirs], dtype=np.int64)
+    if isinstance(given, ImageSet):
+        items = tuple(
+            item if item.label is None else dataclasses.replace(item, label=int(index[item.label]))
+            for item in given
+        )
+        return dataclasses.replace(given, items=items, class_names=tuple(names))
+    labels = given.labels
+    if labels is not None:
+        labels = np.where(labels < 0, -1, index[np.maximum(labels, 0)])
+    return dataclasses.replace(given, labels=labels, class_names=tuple(names))
+
+
+def _settings(kind: type[Method], settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What was asked, with ``seed`` where the method draws initial values."""
+    check_settings(kind, settings)
+    draws = any(
+        "seed" in inspect.signature(cls.__init__).parameters
+        for cls in kind.__mro__
+        if issubclass(cls, Method)
+    )
+    return {"seed": seed, **settings} if draws else dict(settings)
+
+
+def _refuse_features(kind: type[Method], *sets: Given | None) -> None:
+    for given in sets:
+        if kind.needs == "pixels" and isinstance(given, FeatureSet):
+            raise ModelError(
+                f"{given.name}: {kind.name} trains the towers and needs images, got features"
+            )
+
+
+def _training(
+    encoder: Encoder,
+    kind: type[Method],
+    images: Given,
+    names: tuple[str, ...],
+    views: int,
+    seed: int,
+    options: Mapping[str, Any],
+) -> TrainingData:
+    local = kind.needs == "local"
+    if isinstance(images, FeatureSet):
+        return FeatureData(images, names, local=local, device=encoder.device)
+    tip = issubclass(kind, TipAdapter) and kind.recipe.epochs == 0
+    augmentation = TIP_VIEWS if tip else CLIP_TRAIN
+    if views == 0 or kind.needs == "pixels":
+        return LiveImages(
+            encoder,
+            images,
+            needs=kind.needs,
+            augmentation=augmentation,
+            seed=seed,
+            class_names=names,
+            workers=options["workers"],
+        )
+    return FeatureViews.encode(
+        encoder,
+        images,
+        views=views,
+        augmentation=augmentation,
+        seed=seed,
+        class_names=names,
+        local=local,
+        **options,
+    )
+
+
+def _validation(
+    encoder: Encoder,
+    kind: type[Method],
+    images: Given | None,
+    names: tuple[str, ...],
+    options: Mapping[str, Any],
+) -> TrainingData | None:
+    if images is None:
+        return None
+    if isinstance(images, FeatureSet):
+        return FeatureData(images, names, device=encoder.device)
+    if kind.needs == "pixels":
+        return LiveImages(
+            encoder,
+            images,
+            needs="pixels",
+            augmentation=None,
+            class_names=names,
+            workers=options["workers"],
+        )
+    return FeatureViews.encode(encoder, images, views=1, class_names=names, **options)
+
+
+def _all(data: TrainingData) -> torch.Tensor:
+    return data.batch(torch.arange(len(data.labels)), 0).image
