@@ -173,8 +173,9 @@ class Method(nn.Module):
     def terms(self, batch: Batch) -> tuple[list[Term], Tensor]:
         """The loss of a batch in parts, and the predicted classes ``(B,)`` int64.
 
-        An empty batch (a process without a share of the last images) gives terms of 0 that are
-        connected to the same parameters, so that all processes go backward together.
+        Always the same terms in the same order: processes add them up by position. An empty batch
+        (a process without a share of the last images) gives sums of 0 that are connected to the
+        same parameters, so that all processes go backward together.
         """
         raise NotImplementedError
 
@@ -196,7 +197,8 @@ class Method(nn.Module):
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what ``state_dict`` gave when the method was saved.
 
-        A buffer that has no elements before ``prepare`` takes whatever shape was saved.
+        What has no elements before ``prepare`` may have any shape here; a method that has such
+        things makes room for them in ``_load_from_state_dict``.
 
         Raises:
             ValueError: missing or unknown names, or other shapes.
@@ -213,15 +215,10 @@ class Method(nn.Module):
                     f"{name}: the settings {self.settings()} mean {tuple(own[name].shape)}, got "
                     f"{tuple(x.shape)}"
                 )
-        for name, x in tensors.items():
-            if own[name].shape != x.shape:
-                owner, _, leaf = name.rpartition(".")
-                module = self.get_submodule(owner)
-                x = x.to(own[name].device, own[name].dtype)
-                if isinstance(getattr(module, leaf), nn.Parameter):
-                    x = nn.Parameter(x)
-                setattr(module, leaf, x)
-        self.load_state_dict(dict(tensors))
+        try:
+            self.load_state_dict(dict(tensors))
+        except RuntimeError as error:
+            raise ValueError(f"state: {error}") from error
 
 
 def check_settings(cls: type[Method], settings: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,18 +48,27 @@ def classified(s: Tensor, labels: Tensor, tau: float) -> tuple[Term, Tensor]:
 
 
 def or_nothing(
-    batch: Batch, text: Tensor, make: Callable[[], tuple[list[Term], Tensor]]
+    batch: Batch,
+    connected: Tensor,
+    make: Callable[[], tuple[list[Term], Tensor]],
+    names: Sequence[tuple[str, float]] = (("cross_entropy", 1.0),),
 ) -> tuple[list[Term], Tensor]:
-    """``make()``, or terms of 0 without images, of NaN if ``text`` is not finite any more.
+    """``make()``, or terms of 0 without images, of NaN if ``connected`` is not finite any more.
 
-    Both stay connected to ``text``: all processes go backward through it, whatever their share.
-    NaN is for the training loop to notice, which then keeps the last good state; the losses
-    themselves would refuse such classes as bad input.
+    Both stay connected: all processes go backward through the same, whatever their share. NaN is
+    for the training loop to notice, which then keeps the last good state; the losses themselves
+    would refuse such classes as bad input.
+
+    Args:
+        connected: what the loss depends on: text features, or sums of parameters.
+        make: the terms of a batch with images, and the predictions.
+        names: their names and weights, in order.
     """
-    if len(batch.labels) == 0:
-        return [Term("cross_entropy", text.sum() * 0.0, 0)], batch.labels.to(torch.int64)
+    count = len(batch.labels)
     # on a GPU the losses are NaN by themselves, and looking would wait for it
-    if text.is_cpu and not bool(torch.isfinite(text.detach()).all()):
-        nearest = torch.zeros_like(batch.labels, dtype=torch.int64)
-        return [Term("cross_entropy", text.sum() * math.nan, len(batch.labels))], nearest
-    return make()
+    broken = connected.is_cpu and not bool(torch.isfinite(connected.detach()).all())
+    if count and not broken:
+        return make()
+    value = connected.sum() * (math.nan if broken else 0.0)
+    terms = [Term(name, value if w else value.detach(), count, w) for name, w in names]
+    return terms, torch.zeros_like(batch.labels, dtype=torch.int64)

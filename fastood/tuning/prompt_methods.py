@@ -111,7 +111,11 @@ class CoOp(Method):
 
     def terms(self, batch: Batch) -> tuple[list[Term], Tensor]:
         text = self.text()
-        return or_nothing(batch, text, lambda: self._terms(batch, text))
+        return or_nothing(batch, text, lambda: self._terms(batch, text), self._names())
+
+    def _names(self) -> Sequence[tuple[str, float]]:
+        """Names and weights of the terms, in order."""
+        return (("cross_entropy", 1.0),)
 
     def _terms(self, batch: Batch, text: Tensor) -> tuple[list[Term], Tensor]:
         z = unit_rows(images_of(batch, self.encoder.embed_dim, self.dtype))
@@ -177,6 +181,13 @@ class LoCoOp(CoOp):
         top_k = check_count("top_k", top_k, 1, k - 1, high_name="K - 1 = ")
         super().__init__(encoder, class_names, **context)
         self._settings |= {"weight": weight, "top_k": top_k}
+
+    def _names(self) -> Sequence[tuple[str, float]]:
+        return (
+            ("cross_entropy", 1.0),
+            ("patches", self._settings["weight"]),
+            ("ood_patches", 0.0),
+        )
 
     def _terms(self, batch: Batch, text: Tensor) -> tuple[list[Term], Tensor]:
         if batch.local is None:
@@ -247,6 +258,9 @@ class EBM(CoOp):
         super().__init__(encoder, class_names, **context)
         self._options = options
         self._settings |= options
+
+    def _names(self) -> Sequence[tuple[str, float]]:
+        return (("ebm", 1.0), ("cross_entropy", 0.0), ("p_top1", 0.0), ("edited_rise", 0.0))
 
     def _terms(self, batch: Batch, text: Tensor) -> tuple[list[Term], Tensor]:
         z = images_of(batch, self.encoder.embed_dim, self.dtype)
