@@ -169,12 +169,13 @@ class Run:
         order = permutation(len(self.data.labels), self.seed, at.epoch)
         self._ahead(order, at.step, _AHEAD)
         while at.step < self.steps:
-            batch = self.data.batch(self._own(order, at.step), at.epoch)
+            index, ghost = self._own(order, at.step)
+            batch = self.data.batch(index, at.epoch)
             self._ahead(order, at.step + _AHEAD, 1)
             lr = learning_rate(self.recipe, at.epoch, at.step, self.steps)
             at.whole = False
             try:
-                outcome = self.stepper.step(batch, lr, stop=self.stop)
+                outcome = self.stepper.step(batch, lr, stop=self.stop, ghost=ghost)
             except TrainingError as error:
                 at.whole = True
                 place = f"epoch {at.epoch + 1}, step {at.step + 1}"
@@ -194,15 +195,20 @@ class Run:
                 raise KeyboardInterrupt
         self._close_epoch(self._accuracy())
 
-    def _own(self, order: Tensor, step: int) -> Tensor:
-        """This process's share of a batch: (b,) indices, maybe none."""
+    def _own(self, order: Tensor, step: int) -> tuple[Tensor, bool]:
+        """This process's share of a batch, (b,) indices; or an image that is not to count.
+
+        A process without a share still has to take part in the others' sums, and only a method
+        that sees an image makes the same ones as theirs.
+        """
         size = self.recipe.batch_size
         whole = order[step * size : (step + 1) * size]
-        return whole[self.method.world.part(len(whole))]
+        own = whole[self.method.world.part(len(whole))]
+        return (own, False) if len(own) else (whole[:1], True)
 
     def _ahead(self, order: Tensor, first: int, count: int) -> None:
         for step in range(first, min(first + count, self.steps)):
-            self.data.prefetch(self._own(order, step), self.at.epoch)
+            self.data.prefetch(self._own(order, step)[0], self.at.epoch)
 
     def _count(self, outcome: Outcome, lr: float) -> None:
         sums = self.at.sums

@@ -70,8 +70,13 @@ class Stepper:
         self.skipped = 0
         self.updating = False
 
-    def step(self, batch: Batch, lr: float, *, stop: bool = False) -> Outcome:
+    def step(self, batch: Batch, lr: float, *, stop: bool = False, ghost: bool = False) -> Outcome:
         """Train on this process's share of a batch.
+
+        Args:
+            stop: tell all processes that one was asked to stop.
+            ghost: the batch stands in for an empty share: it is computed, so that this process
+                takes part in whatever the others do together, and counts nothing.
 
         Raises:
             TrainingError: loss or gradient not finite; nothing was changed.
@@ -81,7 +86,11 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             terms, predicted = self.method.terms(batch)
-        sums = world.sum(self._sums(terms, predicted, batch.labels, stop))
+            labels = batch.labels
+            if ghost:
+                terms = [t._replace(numerator=t.numerator * 0, count=t.count * 0) for t in terms]
+                predicted, labels = predicted[:0], labels[:0]
+        sums = world.sum(self._sums(terms, predicted, labels, stop))
         counts = [sums[len(terms) + i] for i in range(len(terms))]
         loss = total_loss(terms, counts)
         if not loss.requires_grad:

@@ -46,7 +46,7 @@ class ToyHead(Method):
         liked = logits.detach() > 0.1  # how many differs from process to process
         odd = (logits.square() * liked).sum()
         if torch.is_grad_enabled():
-            self.seen += self.world.sum(torch.tensor(len(z)))
+            self.seen += 1
         return [
             Term("ce", ce, len(z)),
             Term("liked", odd, liked.sum(), self.share),
