@@ -207,7 +207,9 @@ class PromptEncoder:
         return max(1, min(images, limit // max(count, 1))), max(1, min(count, limit))
 
     def _packing(self, classes: slice | None) -> Packing:
-        start, stop, step = (classes or slice(None)).indices(len(self.layout))
+        start, stop, step = 0, len(self.layout), 1
+        if classes is not None:
+            start, stop, step = classes.indices(stop)
         if step != 1 or stop <= start:
             raise ValueError(
                 f"classes: expected a slice of at least one of the {len(self.layout)} classes, "

@@ -336,11 +336,12 @@ def test_the_shipped_tiny_model():
         assert relative(a, b) < PROMPT_RTOL
 
 
+@pytest.mark.slow
 def test_compiled():
     prompts = learned(open_clip_encoder(), n_ctx=4)
     context = context_of(prompts)
     wanted = both(prompts(context), context)
     torch.compiler.reset()
-    compiled = torch.compile(lambda c: prompts(c), backend="aot_eager")
+    compiled = torch.compile(lambda c: prompts(c), backend="aot_eager", fullgraph=True)
     for a, b in zip(both(compiled(context), context), wanted, strict=True):
         assert relative(a, b) < PROMPT_F64_RTOL
