@@ -52,7 +52,7 @@ ROUNDING_LUCK = 2.0
 GROUPED_CUT_RTOL = 1e-6
 
 # Losses along 20 SGD steps by shared-prefix text and fused losses against the plain algorithms with
-# full text passes. Losses are of order 1 to 5; worst seen on the tiny CLIP: see each below.
+# full text passes; the figures demanded. Worst seen on the tiny CLIP: 5e-7 and 5e-15, losses 0 to 4.
 TRAJECTORY_LOSS_ATOL = 1e-4
 TRAJECTORY_LOSS64_ATOL = 1e-9
 
@@ -77,6 +77,6 @@ PROMPT_HALF_LUCK = 1.5
 TWO_PROCESSES_RTOL = 1e-6
 
 # Loss and cosines of the tiny CLIP with its text tower in bfloat16 (8 bits), or under autocast,
-# beside float32. Worst seen: TODO
-BF16_TOWER_LOSS_ATOL = 0.1
-BF16_TOWER_COSINE_ATOL = 0.03
+# beside float32. Worst seen: 9e-4 of losses around .3, 1.3e-3 of cosines (x86-64 CPU).
+BF16_TOWER_LOSS_ATOL = 5e-3
+BF16_TOWER_COSINE_ATOL = 5e-3

@@ -128,6 +128,10 @@ class ClipAdapterHead:
     def __len__(self) -> int:
         return len(self.bank)
 
+    @property
+    def device(self) -> torch.device:
+        return self.bank.device
+
     def adapted(self, features: Tensor) -> Tensor:
         """(B, D) features as the adapter moves them, not normalised.
 

@@ -155,6 +155,10 @@ class CoCoOpHead:
     def __len__(self) -> int:
         return len(self._prompts.layout)
 
+    @property
+    def device(self) -> torch.device:
+        return self._context.device
+
     @torch.no_grad()
     def similarities(self, features: Tensor, local: Tensor | None = None) -> Similarities:
         """Cosines of ``features (B, D)``, and ``local (B, P, D)``, with each image's own prompts.

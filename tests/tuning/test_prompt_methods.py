@@ -16,7 +16,11 @@ from fastood.scores.bank import ClassBank
 from fastood.tuning.method import Batch, Term, total_loss
 from fastood.tuning.prompt_methods import EBM, CoOp, LoCoOp
 from fastood.tuning.registry import METHODS, build_method, method_class
-from tests.tolerances import SCORE_FROM_FEATURES_RTOL
+from tests.tolerances import (
+    BF16_TOWER_COSINE_ATOL,
+    BF16_TOWER_LOSS_ATOL,
+    SCORE_FROM_FEATURES_RTOL,
+)
 from tests.tuning.parity import LR, NAMES, batches, classes, close, encoder, moved, still, trained
 
 DTYPES = [torch.float32, torch.float64]
@@ -341,6 +345,55 @@ def test_heads_are_frozen_and_told_apart():
     prints.add(CoOp(encoder(), NAMES[::-1], n_ctx=N_CTX).head().fingerprint)
     prints.add(EBM(encoder(), NAMES, n_ctx=N_CTX).head().fingerprint)
     assert len(prints) == 5
+
+
+def test_pipelines_and_thresholds_tell_adaptations_apart():
+    """The fingerprint survives a move between devices, which pipelines make."""
+    network, method = encoder(), CoOp(encoder(), NAMES, n_ctx=N_CTX)
+    pipeline = fastood.Pipeline(network, class_names=NAMES, head=method.head())
+    assert pipeline.model_fingerprint == f"{network.fingerprint}+{method.fingerprint()}"
+    conditional = build_method("cocoop", network, NAMES)
+    pipeline = fastood.Pipeline(network, class_names=NAMES, head=conditional.head())
+    assert pipeline.model_fingerprint == f"{network.fingerprint}+{conditional.fingerprint()}"
+
+
+# ------------------------------------------------------------------------------ precision
+
+KINDS = {"coop": {}, "locoop": {"top_k": 2}, "ebm": {}, "cocoop": {}, "clip-adapter": {}}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_half_precision_tower_trains_float32_masters(name):
+    (batch,) = batches(1)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        settings = KINDS[name] | ({} if name == "clip-adapter" else {"ctx_init": "a photo of a"})
+        method = build_method(name, encoder(dtype), NAMES, **settings)
+        loss = total_loss(method.terms(batch._replace(image=batch.image.to(dtype)))[0])
+        loss.backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in method.parameters())
+        s = method.head().similarities(batch.image, batch.local)
+        assert s.image.dtype == s.local.dtype == torch.float32
+        found.append((float(loss.detach()), s.image))
+    assert found[1][0] == pytest.approx(found[0][0], abs=BF16_TOWER_LOSS_ATOL)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=BF16_TOWER_COSINE_ATOL)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_autocast_is_for_the_towers_not_for_the_losses(name):
+    """Same numbers to bfloat16's grade, and cosines that are no bfloat16 values."""
+    settings = KINDS[name] | ({} if name == "clip-adapter" else {"ctx_init": "a photo of a"})
+    method = build_method(name, encoder(), NAMES, **settings)
+    (batch,) = batches(1)
+    want = float(total_loss(method.terms(batch)[0]).detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        terms, _ = method.terms(batch)
+        loss = total_loss(terms)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in
+               method.parameters())  # fmt: skip
+    assert float(loss.detach()) == pytest.approx(want, abs=BF16_TOWER_LOSS_ATOL)
 
 
 # ------------------------------------------------------------------------------ bad input
