@@ -79,7 +79,7 @@ def flops(tokens: int) -> float:
 
 
 def packed_tokens(prompts: PromptEncoder) -> int:
-    packing = prompts._packing(None)
+    packing = prompts._packing(0, len(prompts.layout))
     return packing.prefix + len(packing.ids)
 
 

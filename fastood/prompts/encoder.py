@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class PromptEncoder:
         reason: why it is not the fastest, or None.
         width: W of the learned vectors.
 
+    The parts of the tower are looked up once: register parametrisations (low-rank updates) before
+    or after, but build a new ``PromptEncoder`` after modules of the tower were replaced. There are
+    no second derivatives.
+
     Raises:
         ModelError: if the encoder has no text tower whose prompts could be learned.
         ValueError: on a chunk below 1, a layout of another token window, or ``share=True`` where
@@ -80,7 +84,8 @@ class PromptEncoder:
             raise ValueError(f"chunk: expected at least 1 prompt, got {chunk}")
         self.layout = layout
         self._encoder, self._model, self._table, self._chunk = encoder, model, table, chunk
-        self.width = int(next(table.parameters()).shape[-1])
+        weight: Any = table.weight
+        self.width = int(weight.shape[-1])
         found = text_tower(model)
         self._tower = None if isinstance(found, str) else found
         self.path: Literal["shared", "packed", "full"]
@@ -149,8 +154,7 @@ class PromptEncoder:
         if end <= start:
             raise ValueError(f"text: expected at least one word, got {text!r}")
         with torch.no_grad():
-            device = next(self._table.parameters()).device
-            rows = self._table(tokens[0, start:end].long().to(device))
+            rows = self._table(tokens[0, start:end].long().to(self._device))
         return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
 
     def __call__(self, context: Tensor | None = None, classes: slice | None = None) -> Tensor:
@@ -159,14 +163,17 @@ class PromptEncoder:
         Args:
             context: (n_ctx, W); class-specific (K, n_ctx, W); one per image (B, n_ctx, W); or None
                 for prompts without one. float32 keeps its gradient in float32 whatever the tower.
-            classes: encode only these rows of the layout.
+            classes: encode only these rows of the layout, of which there may be none.
         Returns:
             (K, D), or (B, K, D) for contexts per image.
         Raises:
             ValueError: on a context that does not fit the layout.
         """
         batched = self._check_context(context)
-        packing = self._packing(classes)
+        start, stop = self._span(classes)
+        if stop <= start:
+            return self._nothing(context, batched)
+        packing = self._packing(start, stop)
         if context is not None and not batched and not self.layout.class_specific:
             context = context[None]
         parameters = [p for p in self._model.parameters() if p.requires_grad]
@@ -206,19 +213,30 @@ class PromptEncoder:
             limit = max(1, INFERENCE_TOKENS // longest)
         return max(1, min(images, limit // max(count, 1))), max(1, min(count, limit))
 
-    def _packing(self, classes: slice | None) -> Packing:
-        start, stop, step = 0, len(self.layout), 1
-        if classes is not None:
-            start, stop, step = classes.indices(stop)
-        if step != 1 or stop <= start:
-            raise ValueError(
-                f"classes: expected a slice of at least one of the {len(self.layout)} classes, "
-                f"got {classes}"
-            )
+    def _span(self, classes: slice | None) -> tuple[int, int]:
+        if classes is None:
+            return 0, len(self.layout)
+        start, stop, step = classes.indices(len(self.layout))
+        if step != 1:
+            raise ValueError(f"classes: expected a slice without a step, got {classes}")
+        return start, stop
+
+    def _nothing(self, context: Tensor | None, batched: bool) -> Tensor:
+        """Features of no class, which still have a gradient to give: zero."""
+        shape = (len(context), 0) if batched and context is not None else (0,)
+        base = context if context is not None else torch.zeros(0, device=self._device)
+        dtype = self._encoder.dtype if self._tower is None else self._tower.dtype
+        return base.flatten()[:0].view(*shape, self._encoder.embed_dim).to(dtype)
+
+    @property
+    def _device(self) -> torch.device:
+        weight: Any = self._table.weight
+        return weight.device
+
+    def _packing(self, start: int, stop: int) -> Packing:
         found = self._packings.get((start, stop))
         if found is None:
-            device = next(self._table.parameters()).device
-            found = pack(self.layout, self._prefix, slice(start, stop)).to(device)
+            found = pack(self.layout, self._prefix, slice(start, stop)).to(self._device)
             self._packings[start, stop] = found
         return found
 

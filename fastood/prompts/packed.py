@@ -75,32 +75,37 @@ class TextPass:
     def __init__(
         self, model: nn.Module, full: Callable[[Tensor], Tensor], probe: Callable[[], Tensor]
     ) -> None:
-        found = text_tower(model)
-        self._tower = None if isinstance(found, str) else found
+        self._model = model
         self._full = full
         self._probe = probe
-        self._checked = False
+        self._agrees: bool | None = None
 
     @property
     def usable(self) -> bool:
         """False where every position has to be run."""
-        return self._tower is not None
+        return self._tower() is not None
+
+    def _tower(self) -> TextTower | None:
+        """Looked up anew for every call: adapter libraries replace modules of a loaded model."""
+        found = text_tower(self._model) if self._agrees is not False else "passes disagree"
+        return None if isinstance(found, str) else found
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(N, D) features of tokens (N, L); equal rows give equal bits."""
-        if self._tower is not None and not self._checked:
-            self._checked = True
+        tower = self._tower()
+        if tower is not None and self._agrees is None:
             probe = self._probe()
-            worst = disagreement(self._full(probe), self._packed(self._tower, probe))
+            worst = disagreement(self._full(probe), self._packed(tower, probe))
+            self._agrees = worst is None
             if worst is not None:
-                self._tower = None
+                tower = None
                 warnings.warn(
                     f"the text tower changes its features by {worst:.1e} when run only up to the "
                     f"end of text; running the full context instead (slower, same results as the "
                     f"model)",
                     stacklevel=3,
                 )
-        return self._full(tokens) if self._tower is None else self._packed(self._tower, tokens)
+        return self._full(tokens) if tower is None else self._packed(tower, tokens)
 
     def _packed(self, tower: TextTower, tokens: Tensor) -> Tensor:
         layout = fixed(tokens, tower.ends(tokens))

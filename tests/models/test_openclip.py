@@ -240,3 +240,16 @@ def test_gpu_gives_the_cpus_features_and_fingerprint():
         assert y.device.type == "cuda"
         torch.testing.assert_close(y.cpu(), x, atol=1e-3, rtol=1e-3)
     assert gpu.fingerprint == cpu.fingerprint
+
+
+def test_a_layer_replaced_after_loading_is_seen():
+    """Adapter libraries put a module of their own in the place of a linear layer."""
+    model = tiny.clip()
+    enc = encoder(model)
+    before = enc.encode_text(PROMPTS)
+    mlp = model.transformer.resblocks[0].mlp
+    mlp.c_proj = torch.nn.Sequential(mlp.c_proj, torch.nn.Linear(32, 32))
+    with torch.no_grad():
+        assert torch.equal(enc.encode_text(PROMPTS), model.encode_text(tiny.TOKENIZER(PROMPTS)))
+    assert not torch.allclose(enc.encode_text(PROMPTS), before)
+    assert not enc.text.croppable

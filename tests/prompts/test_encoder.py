@@ -152,8 +152,22 @@ def test_a_part_of_the_classes(position):
             total += torch.autograd.grad(features.sum(), context)[0]
         (wanted,) = torch.autograd.grad(prompts(context).sum(), context)
         assert relative(total, wanted) < PROMPT_F64_RTOL
-    with pytest.raises(ValueError, match="at least one of the 6 classes"):
-        prompts(context, classes=slice(6, 9))
+    with pytest.raises(ValueError, match="slice without a step"):
+        prompts(context, classes=slice(0, 6, 2))
+
+
+def test_no_classes_have_a_gradient_of_zero():
+    """A process of many may have no class of a short list."""
+    encoder = open_clip_encoder()
+    for class_specific in (False, True):
+        prompts = learned(encoder, n_ctx=4, class_specific=class_specific)
+        context = context_of(prompts)
+        features = prompts(context, classes=slice(6, 6))
+        assert features.shape == (0, tiny.DIM) and features.dtype == torch.float64
+        (gradient,) = torch.autograd.grad(features.sum(), context)
+        assert not gradient.any()
+    prompts = learned(encoder, n_ctx=4)
+    assert prompts(context_of(prompts, 3), classes=slice(2, 2)).shape == (3, 0, tiny.DIM)
 
 
 def test_without_sharing():
