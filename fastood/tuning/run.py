@@ -348,7 +348,8 @@ class Run:
         if changed:
             raise DataError(
                 f"{path_text(self.out or '')}: the saved run has other settings and cannot be "
-                f"resumed with these: {'; '.join(changed)}"
+                f"resumed with these: {'; '.join(changed)}; choose another folder, or start again "
+                "(fastood train --overwrite)"
             )
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
