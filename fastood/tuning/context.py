@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastood.data.prompts import clean_name
 from fastood.errors import ModelError
-from fastood.prompts.encoder import PromptEncoder, _ends_of
+from fastood.prompts.encoder import PromptEncoder, end_of_text
 from fastood.scores.inputs import check_count
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def prompt_encoder(
 
 
 def initial_context(prompts: PromptEncoder, *, ctx_init: str | None, seed: int) -> Tensor:
-    """(M, W) float32 vectors to start from, (K, M, W) if class-specific.
+    """(M, W) vectors to start from, at least float32, (K, M, W) if class-specific.
 
     The embeddings of ``ctx_init``, the same for every class, or N(0, 0.02) from a private
     generator: the same numbers on every machine and device.
@@ -86,8 +86,8 @@ def initial_context(prompts: PromptEncoder, *, ctx_init: str | None, seed: int) 
     if ctx_init is None:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(shape, generator=generator) * _STD
-    rows = prompts.embed(clean_name(ctx_init)).detach()
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    # a tower whose end of text is not known may count it among the words
+    rows = prompts.embed(clean_name(ctx_init))[: layout.n_ctx]
     return rows.expand(shape).clone()
 
 
@@ -96,5 +96,5 @@ def _count(encoder: Encoder, text: str) -> int:
         raise ValueError(f"ctx_init: expected text such as 'a photo of a', got {text!r}")
     tokens = encoder.tokenize([clean_name(text), ""])
     assert tokens is not None  # asked before
-    one, none = _ends_of(encoder)(tokens.long().cpu()).tolist()
+    one, none = end_of_text(encoder)(tokens.long().cpu()).tolist()
     return int(one - none)
