@@ -27,6 +27,7 @@ __all__ = [
     "read_named_set",
     "read_set",
     "read_sets",
+    "within",
 ]
 
 _NAMED = re.compile(r"([^/\\=]+)=(.+)", re.DOTALL)
@@ -170,6 +171,13 @@ def adapted_classes(files: Sequence[str] | None) -> tuple[str, ...] | None:
 
     header = read_header(files[-1])
     return tuple(header.class_names) if header.has_head else None
+
+
+def within(names: Sequence[str], own: Sequence[str]) -> bool:
+    """Whether ``own`` has all of ``names``, however they are spelled."""
+    from fastood.data.classes import plain_name
+
+    return {plain_name(n) for n in names} <= {plain_name(n) for n in own}
 
 
 def read_named_set(

@@ -89,8 +89,9 @@ class Request:
             )
         train = None if self.train is None else inputs.read_set(self.train)
         text, names = None, self.class_names
-        if names is None:
-            names = inputs.adapted_classes(self.adapt)
+        own = inputs.adapted_classes(self.adapt)
+        if own is not None and (names is None or (not self.named and inputs.within(names, own))):
+            names = own
         if self.text_features is not None:
             features = inputs.read_features(self.text_features)
             text = features.image()

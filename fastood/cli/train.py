@@ -27,7 +27,7 @@ def train(
         str,
         typer.Argument(
             help="coop, cocoop, locoop, ebm, tip, tip-f, clip-adapter, lora or zoclip; with "
-            "settings: coop:n_ctx=4,position=middle."
+            "settings: coop:n_ctx=4,position=middle, lora:kinds=q+v,rank=8."
         ),
     ],
     id: Annotated[
@@ -203,7 +203,8 @@ def _pairs(what: str, texts: list[str] | None) -> dict[str, Any]:
             raise ValueError(f"{what}: expected name=value, got {text!r}")
         if key in found:
             raise ValueError(f"{what}: {key!r} is given twice")
-        found[key] = inputs.literal(value.strip())
+        parts = [inputs.literal(part.strip()) for part in value.split("+")]
+        found[key] = parts if "+" in value else parts[0]
     return found
 
 

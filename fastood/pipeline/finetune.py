@@ -123,6 +123,8 @@ def fine_tune(
         )
     images = few_shot(with_classes(images, names), shots, seed, class_names=names)
     held = None if validation is None else with_classes(validation, names)
+    if held is not None and held.name == images.name:
+        held = dataclasses.replace(held, name=f"{held.name}, validation")
     _refuse_features(kind, images, held)
     world = World.from_environment()
     built = kind.build(encoder, names, **chosen)
@@ -184,6 +186,10 @@ def recipe_of(
             f"recipe: there is no {', '.join(map(repr, unknown))}; expected {', '.join(fields)}"
         )
     given = {name: value for name, value in changes.items() if value is not None}
+    if kind.recipe.epochs == 0 and given.get("epochs"):
+        raise ValueError(
+            f"recipe: {kind.name} trains nothing, expected no epochs, got {given['epochs']}"
+        )
     if kind.name == "coop" and "epochs" not in given:
         given["epochs"] = epochs_of_coop(shots, dataset)
     return dataclasses.replace(kind.recipe, **given)

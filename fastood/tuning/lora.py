@@ -223,7 +223,7 @@ class LoRA(Method):
         *,
         kinds: Iterable[str] | str = ("up",),
         towers: Iterable[str] | str = ("image", "text"),
-        layers: Iterable[int] | None = None,
+        layers: Iterable[int] | int | None = None,
         rank: int = 32,
         alpha: float = 8.0,
         loss: Literal["locoop", "ce"] = "locoop",
@@ -254,7 +254,7 @@ class LoRA(Method):
         settings = {
             "kinds": _listed(kinds),
             "towers": _listed(towers),
-            "layers": None if layers is None else list(layers),
+            "layers": [layers] if isinstance(layers, int) else layers and list(layers),
             "rank": rank,
             "alpha": check_scalar("alpha", alpha),
             "loss": loss,
