@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.prompts.towers import both, context_of, full, learned, open_clip_encoder, relative
+from tests.prompts.towers import (
+    both,
+    context_of,
+    full,
+    hf_encoder,
+    learned,
+    open_clip_encoder,
+    relative,
+)
 from tests.tolerances import PROMPT_F64_RTOL, PROMPT_HALF_LUCK, PROMPT_RTOL
 
 HALF = [torch.float16, torch.bfloat16]
@@ -25,6 +33,37 @@ def test_errors_are_not_larger_than_those_of_the_full_pass(dtype, position):
     assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
     for a, b, c in zip(ours, theirs, wanted, strict=True):
         assert relative(a, c) <= PROMPT_HALF_LUCK * relative(b, c)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_towers_of_two_precisions(dtype):
+    """Weights in half precision, norms and embeddings in float32, as open_clip loads them."""
+    from open_clip.model import convert_weights_to_lp
+
+    exact, half = open_clip_encoder(), open_clip_encoder(dtype=torch.float32, cast_dtype=dtype)
+    convert_weights_to_lp(half.model, dtype)
+    exact.model.load_state_dict({k: v.double() for k, v in half.model.state_dict().items()})
+    prompts = learned(half, n_ctx=8)
+    assert prompts.path == "shared"
+    context = context_of(prompts, dtype=torch.float32)
+    wide = context.detach().double().requires_grad_()
+    wanted = both(full(exact, prompts.layout, wide), wide)
+    theirs = both(full(half, prompts.layout, context), context)
+    for a, b, c in zip(both(prompts(context), context), theirs, wanted, strict=True):
+        assert a.dtype == b.dtype and relative(a, c) <= PROMPT_HALF_LUCK * relative(b, c)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_hugging_face_in_half_precision(dtype):
+    exact, half = hf_encoder(), hf_encoder(dtype=dtype)
+    exact.model.load_state_dict({k: v.double() for k, v in half.model.state_dict().items()})
+    prompts = learned(half, n_ctx=8)
+    context = context_of(prompts, dtype=torch.float32)
+    wide = context.detach().double().requires_grad_()
+    wanted = both(full(exact, prompts.layout, wide), wide)
+    theirs = both(full(half, prompts.layout, context), context)
+    for a, b, c in zip(both(prompts(context), context), theirs, wanted, strict=True):
+        assert a.dtype == b.dtype and relative(a, c) <= PROMPT_HALF_LUCK * relative(b, c)
 
 
 @pytest.mark.parametrize("chunk", [None, 100])
