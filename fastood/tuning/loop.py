@@ -123,6 +123,8 @@ def _interrupts(run: Run) -> Iterator[None]:
     signal.signal(signal.SIGINT, ask)
     try:
         yield
+        if run.stop:  # asked behind the last step: the run is complete, the program still ends
+            raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, before)
 

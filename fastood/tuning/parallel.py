@@ -88,9 +88,9 @@ class World:
         """The sum over processes, without gradient; half precision is summed in float32."""
         if self.size == 1:
             return tensor.detach()
-        wide = _wide(tensor.detach()).clone()
+        wide = self._sendable(tensor).clone()
         _distributed().all_reduce(wide)
-        return wide.to(tensor.dtype)
+        return wide.to(tensor)
 
     def gather_rows(self, part: Tensor, n: int) -> Tensor:
         """All n rows from every process's ``world.part(n)``, (n, ...), differentiable.
@@ -123,10 +123,16 @@ class World:
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
-            self.sum(torch.zeros(1, device=self._device()))
+            self.sum(torch.zeros(1))
 
-    def _device(self) -> torch.device:
-        return torch.device("cuda" if _distributed().get_backend() == "nccl" else "cpu")
+    def _sendable(self, tensor: Tensor) -> Tensor:
+        """Where the backend can send it, contiguous; half precision as float32, which is exact."""
+        tensor = tensor.detach()
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()  # not every backend knows every half type
+        if _distributed().get_backend() == "nccl":
+            tensor = tensor.cuda()
+        return tensor.contiguous()
 
 
 class _GatherRows(torch.autograd.Function):
@@ -135,14 +141,13 @@ class _GatherRows(torch.autograd.Function):
         ctx.world, ctx.own = world, world.part(n)
         sizes = [_share(n, rank, world.size) for rank in range(world.size)]
         longest = sizes[0].stop - sizes[0].start
-        # Equal shapes for all_gather; float32 because not every backend knows every half type.
-        rows = _wide(part.detach())
+        rows = world._sendable(part)
         padded = rows.new_zeros(longest, *rows.shape[1:])
-        padded[: len(rows)] = rows
+        padded[: len(rows)] = rows  # all_gather takes equal shapes
         parts = [torch.empty_like(padded) for _ in range(world.size)]
         _distributed().all_gather(parts, padded)
         kept = [p[: s.stop - s.start] for p, s in zip(parts, sizes, strict=True)]
-        return torch.cat(kept).to(part.dtype)
+        return torch.cat(kept).to(part)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -153,13 +158,6 @@ def _share(n: int, rank: int, size: int) -> slice:
     base, extra = divmod(n, size)
     start = rank * base + min(rank, extra)
     return slice(start, start + base + (rank < extra))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Half precision as float32, which represents it exactly; contiguous."""
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        tensor = tensor.float()
-    return tensor.contiguous()
 
 
 def _distributed() -> Any:

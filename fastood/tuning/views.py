@@ -226,10 +226,9 @@ class FeatureViews(FeatureData):
             transforms = [augmenter.view(v) for v in range(views)]
         world = world or World.alone()
         options: dict[str, Any] = {"local": local, "batch_size": batch_size, "cache": cache}
-        if world.rank == 0:
-            _check_room(encoder, images, transforms, options, log)
 
         def all_views() -> list[FeatureSet]:
+            _check_room(encoder, images, transforms, options, log if world.rank == 0 else None)
             return [
                 encode_images(
                     encoder, images, **options, workers=workers, strict=strict,
@@ -240,11 +239,15 @@ class FeatureViews(FeatureData):
 
         sets = None
         if cache is not None and world.size > 1:
-            # Whatever happens to the first, the others must not wait for it forever.
+            failed = torch.ones(1)
             try:
                 sets = all_views() if world.rank == 0 else None
+                failed = torch.zeros(1)
             finally:
-                world.barrier()
+                # Whatever happens to the first, the others must not wait for it forever.
+                failed = world.sum(failed)
+            if failed.item():
+                raise DataError(f"{images.name}: the first process could not encode the views")
         sets = all_views() if sets is None else sets
         found = cls(sets, class_names, local=local, device=encoder.device)
         found.images = images

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def launch(script: str, folder: Path, *, size: int = 2, seconds: float = 120) -> list[str]:
+def launch(script: str, folder: Path, *, size: int = 2, seconds: float = 400) -> list[str]:
     """Standard output of every process; fails if one of them does.
 
     ``script`` is Python source; it finds its folder in ``sys.argv[1]``.

@@ -20,6 +20,7 @@ from fastood.tuning.loop import train
 from fastood.tuning.room import free_disk, free_memory
 from fastood.tuning.views import FeatureData, FeatureViews, overlap
 from tests.features.toy_encoder import ToyEncoder, write_images
+from tests.tuning.launch import launch
 from tests.tuning.toy import ToyHead, toy_features
 
 EVERYTHING = torch.arange(8)
@@ -135,6 +136,39 @@ def test_views_resume_behind_what_is_there(images, tmp_path):
     assert 8 <= len(encoder.batches) < 16
     fresh = FeatureViews.encode(encoder, images, views=3, batch_size=1)
     assert data.digest == fresh.digest
+
+
+SCRIPT = """
+import sys
+from fastood.data import load_images
+from fastood.errors import DataError
+from fastood.features import FeatureCache
+from fastood.tuning import views
+from fastood.tuning.parallel import World
+from tests.features.toy_encoder import ToyEncoder
+
+world, encoder = World.from_environment(), ToyEncoder()
+images, cache = load_images(sys.argv[1] + "/train"), FeatureCache(sys.argv[1] + "/cache")
+encode = lambda n: views.FeatureViews.encode(encoder, images, views=n, cache=cache, world=world)
+print(encode(2).digest, len(encoder.batches))
+if world.rank == 0:
+    views.free_disk = lambda folder: 1
+try:
+    encode(3)
+except views.CacheError:
+    print("no room")
+except DataError as error:
+    print(error)
+"""
+
+
+def test_of_two_processes_the_first_encodes_and_the_other_maps(images, tmp_path):
+    first, second = launch(SCRIPT, tmp_path)
+    want = FeatureViews.encode(ToyEncoder(), images, views=2).digest
+    assert first.splitlines() == [f"{want} 2", "no room"]
+    assert second.splitlines() == [
+        f"{want} 0", f"{images.name}: the first process could not encode the views"
+    ]  # fmt: skip
 
 
 def test_room_is_checked_before_the_work_and_what_is_there_counts(images, tmp_path, monkeypatch):
