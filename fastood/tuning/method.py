@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from fastood.tuning.parallel import World
     from fastood.tuning.recipes import Recipe
 
-__all__ = ["Batch", "Method", "Needs", "Term", "state_digest", "total_loss"]
+__all__ = [
+    "Batch",
+    "Method",
+    "Needs",
+    "Term",
+    "check_settings",
+    "setting_names",
+    "state_digest",
+    "total_loss",
+]
 
 Needs = Literal["features", "local", "pixels"]
 
@@ -221,14 +230,20 @@ class Method(nn.Module):
             raise ValueError(f"state: {error}") from error
 
 
-def check_settings(cls: type[Method], settings: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names the first setting ``cls`` does not have."""
-    known: list[str] = []
-    for owner in cls.__mro__:  # on to the base class as long as ``**others`` are handed there
+def setting_names(cls: type[Method]) -> tuple[str, ...]:
+    """The settings a method has: its own first, then those it hands to its base class."""
+    known: dict[str, None] = {}
+    for owner in cls.__mro__:
         parameters = inspect.signature(owner.__init__).parameters.values()  # type: ignore[misc]
-        known += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        known |= dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
+    return tuple(known)
+
+
+def check_settings(cls: type[Method], settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the first setting ``cls`` does not have."""
+    known = setting_names(cls)
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

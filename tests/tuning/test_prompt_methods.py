@@ -13,7 +13,7 @@ from bench import peers_tuning as peers
 from fastood.errors import ModelError
 from fastood.scores import delta_energy, gl_mcm, mcm
 from fastood.scores.bank import ClassBank
-from fastood.tuning.method import Batch, Term, total_loss
+from fastood.tuning.method import Batch, Term, setting_names, total_loss
 from fastood.tuning.prompt_methods import EBM, CoOp, LoCoOp
 from fastood.tuning.registry import METHODS, build_method, method_class
 from tests.tolerances import (
@@ -495,3 +495,11 @@ def test_registered_methods_know_their_names(name):
     assert kind.name == name
     assert kind.needs in ("features", "local", "pixels")
     assert kind.recipe.epochs >= 0
+    assert kind.local_note or kind.needs == "pixels"
+
+
+def test_names_of_settings():
+    assert setting_names(method_class("locoop"))[:3] == ("weight", "top_k", "n_ctx")
+    for name in ("coop", "locoop", "ebm", "cocoop", "clip-adapter", "zoclip"):
+        kind = method_class(name)
+        assert set(setting_names(kind)) == set(kind(encoder(), NAMES).settings())

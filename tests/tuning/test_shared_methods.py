@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fastood.tuning.method import total_loss
@@ -48,6 +49,7 @@ def made():
             yield name, method, batches(1, b=b, dtype=torch.float64, seed=3)[0]
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path):
     want: dict[str, list[list[torch.Tensor]]] = {}
     for name, method, batch in made():
