@@ -23,6 +23,8 @@ __all__ = ["Block", "as_block", "layer_norm", "linear"]
 
 Affine = tuple[Tensor, "Tensor | None"]
 
+_QUICK_GELU = ("QuickGELU", "QuickGELUActivation")  # open_clip, transformers
+
 
 @dataclass(frozen=True)
 class Block:
@@ -66,8 +68,14 @@ class Block:
         y = linear(attended.flatten(-2), self.out.weight, self.out.bias)
         x = x + (y if self.gain_1 is None else y * self.gain_1())
         y = linear(layer_norm(self.norm_2, x), self.fc.weight, self.fc.bias)
-        y = linear(self.act(y), self.proj.weight, self.proj.bias)
+        y = linear(self._activate(y), self.proj.weight, self.proj.bias)
         return x + (y if self.gain_2 is None else y * self.gain_2())
+
+    def _activate(self, y: Tensor) -> Tensor:
+        if type(self.act).__name__ in _QUICK_GELU:
+            # y sigmoid(1.702 y) by one function that keeps one tensor for backward, not two
+            return F.silu(1.702 * y) * (1 / 1.702)
+        return self.act(y)
 
     def _heads(self, y: Tensor, parts: int) -> Tensor:
         return y.unflatten(-1, (parts, self.heads, -1))

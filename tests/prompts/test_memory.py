@@ -50,6 +50,16 @@ def test_a_shared_prefix_keeps_a_tenth_of_the_full_pass():
     assert theirs / ours > 0.9 * fewer > 10
 
 
+def test_quick_gelu_keeps_one_tensor():
+    sizes = []
+    for quick in (False, True):
+        encoder = open_clip_encoder(dtype=torch.float32, quick_gelu=quick)
+        prompts = learned(encoder, NAMES, n_ctx=4)
+        context = context_of(prompts, dtype=torch.float32)
+        sizes.append(saved_bytes(encoder.model, lambda p=prompts, c=context: p(c)))
+    assert sizes[0] == sizes[1]
+
+
 def test_bounded_training_keeps_nothing_but_its_input():
     encoder = open_clip_encoder(dtype=torch.float32)
     bounded = learned(encoder, NAMES, n_ctx=4, chunk=2)
