@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
     from fastood.errors import FastoodError
     from fastood.features import FeatureCache, encode_classes, encode_images
     from fastood.models import Encoder, list_models, load_model
-    from fastood.pipeline import Evaluation, Pipeline
+    from fastood.pipeline import Evaluation, FineTuned, Pipeline, fine_tune
     from fastood.scores import (
         ClassBank,
         Head,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
         score,
         variance,
     )
-    from fastood.tuning import ebm_loss, locoop_loss
+    from fastood.tuning import adapt, ebm_loss, load_method, locoop_loss
 
 __all__ = [
     "ClassBank",
@@ -54,6 +54,7 @@ __all__ = [
     "Evaluation",
     "FastoodError",
     "FeatureCache",
+    "FineTuned",
     "Head",
     "Pipeline",
     "ScoreKey",
@@ -61,12 +62,14 @@ __all__ = [
     "Similarities",
     "Threshold",
     "__version__",
+    "adapt",
     "calibrate",
     "delta_energy",
     "ebm_loss",
     "encode_classes",
     "encode_images",
     "energy",
+    "fine_tune",
     "fit_knn",
     "fit_mahalanobis",
     "gl_mcm",
@@ -75,6 +78,7 @@ __all__ = [
     "list_models",
     "load_features",
     "load_images",
+    "load_method",
     "load_model",
     "locoop_loss",
     "mahalanobis",
@@ -97,7 +101,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "fastood.errors": ("FastoodError",),
     "fastood.features": ("FeatureCache", "encode_classes", "encode_images"),
     "fastood.models": ("Encoder", "list_models", "load_model"),
-    "fastood.pipeline": ("Evaluation", "Pipeline"),
+    "fastood.pipeline": ("Evaluation", "FineTuned", "Pipeline", "fine_tune"),
     "fastood.scores": (
         "ClassBank",
         "Head",
@@ -123,7 +127,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "score",
         "variance",
     ),
-    "fastood.tuning": ("ebm_loss", "locoop_loss"),
+    "fastood.tuning": ("adapt", "ebm_loss", "load_method", "locoop_loss"),
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
 _PACKAGES = (
@@ -135,6 +139,7 @@ _PACKAGES = (
     "metrics",
     "models",
     "pipeline",
+    "prompts",
     "reference",
     "report",
     "scores",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from fastood.tuning.fewshot import few_shot
 from fastood.tuning.history import History, Progress
 from fastood.tuning.live import LiveImages
 from fastood.tuning.loop import CHECKPOINT, train
-from fastood.tuning.method import Method, check_settings
+from fastood.tuning.method import Method, check_settings, setting_names
 from fastood.tuning.parallel import World
 from fastood.tuning.recipes import Recipe, epochs_of_coop
 from fastood.tuning.registry import method_class
@@ -230,12 +229,7 @@ def with_classes(given: Given, names: Sequence[str]) -> Given:
 def _settings(kind: type[Method], settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What was asked, with ``seed`` where the method draws initial values."""
     check_settings(kind, settings)
-    draws = any(
-        "seed" in inspect.signature(cls.__init__).parameters
-        for cls in kind.__mro__
-        if issubclass(cls, Method)
-    )
-    return {"seed": seed, **settings} if draws else dict(settings)
+    return {"seed": seed, **settings} if "seed" in setting_names(kind) else dict(settings)
 
 
 def _refuse_features(kind: type[Method], *sets: Given | None) -> None:

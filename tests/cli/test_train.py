@@ -150,7 +150,7 @@ def test_bad_input_is_one_line_before_any_work(fit, method, words, says):
     done = fit(method, *words)
     assert done.code == 2 and says in done.error, done.error
     assert not (fit.folder / "out" / CHECKPOINT).exists()
-    assert done.error.count("error:") == 1
+    assert done.err.count("error:") == 1
 
 
 def test_other_classes_are_refused_with_both_sides(fit, fastood, photos, tmp_path):
