@@ -133,6 +133,20 @@ def test_the_best_epoch_on_validation_data_is_kept():
     assert not torch.equal(method.weight, last.weight)
 
 
+def test_of_equally_good_epochs_the_first_is_kept():
+    recipe = dataclasses.replace(ToyHead.recipe, lr=1e-9, warmup_lr=1e-9)
+    options = {"recipe": recipe, "validation": _data(seed=5, name="val"), "select": "validation"}
+    with pytest.warns(RuntimeWarning, match="no learning progress"):
+        history = train(toy_method(), FeatureData(_still()), **options)
+    assert len({row["validation"] for row in history.epochs}) == 1
+    assert history.selected == 1
+
+
+def _still():
+    """Eight images, so that an epoch is one batch and its loss does not depend on the order."""
+    return toy_features(8)
+
+
 # --- interrupted and resumed
 
 
@@ -404,6 +418,12 @@ for name, recipe in (("sgd", dataclasses.replace(ToyHead.recipe, batch_size=43))
         pass
     train(again, _data(), **options, out=folder / name, resume=True)
     assert torch.equal(again.weight, method.weight)
+    left = toy_method()
+    left.world = world
+    try:
+        train(left, _data(), **options, out=folder / f"{name} left", progress=halt)
+    except KeyboardInterrupt:
+        pass
     found[name] = (method.weight.detach(), method.seen, [r["loss"] for r in history.epochs],
                    [r["validation"] for r in history.epochs])
 torch.save(found, folder / f"{world.rank}.pt")
@@ -427,3 +447,13 @@ def test_two_processes_compute_what_one_does_and_resume_alike(tmp_path):
         losses = [row["loss"] for row in history.epochs]
         assert ranks[0][name][2] == pytest.approx(losses, rel=1e-6)
         assert ranks[0][name][3] == [row["validation"] for row in history.epochs]
+        # what two processes began, one may finish, but says so
+        resumed = toy_method()
+        with pytest.warns(RuntimeWarning, match="processes: saved 2, now 1"):
+            train(
+                resumed, _data(), recipe=recipe, clip=0.5, validation=validation,
+                out=tmp_path / f"{name} left", resume=True,
+            )  # fmt: skip
+        torch.testing.assert_close(
+            resumed.weight.detach(), alone.weight.detach(), rtol=0, atol=TWO_PROCESSES_ATOL
+        )
