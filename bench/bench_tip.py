@@ -25,7 +25,7 @@ from fastood.tuning.tip_grid import count_right, published_grid
 
 SHOTS = 2 if SMOKE else 16
 SMALL = Shape(24, 10, 32) if SMOKE else Shape(1000, 100)
-LARGE = Shape(24, 12, 32) if SMOKE else Shape(100, 1000)
+LARGE = Shape(24, 12, 32) if SMOKE else Shape(200, 1000)
 GAMMA = 100.0
 CELLS = 20
 PUBLISHED, ONCE = f"published, {CELLS} of 4000 cells", f"once, {CELLS} of 200 betas"
