@@ -17,6 +17,7 @@ from fastood.tuning.loop import CHECKPOINT, HISTORY, permutation, train
 from fastood.tuning.method import Term
 from fastood.tuning.recipes import Recipe
 from fastood.tuning.schedule import learning_rate
+from fastood.tuning.step import Stepper
 from fastood.tuning.views import FeatureData
 from tests.tolerances import TWO_PROCESSES_ATOL
 from tests.tuning.launch import launch
@@ -283,9 +284,9 @@ class Poisoned(ToyHead):
     def terms(self, batch):
         terms, predicted = super().terms(batch)
         self.calls += 1
-        if self.calls == self.bad_step:
+        if self.kind == "always" or self.calls == self.bad_step:
             bad = torch.tensor(float("nan")) if self.kind == "loss" else self.weight.sum() * 0
-            if self.kind == "gradient":
+            if self.kind != "loss":
                 bad = (self.weight.flatten()[0] - self.weight.detach().flatten()[0]).sqrt()
             terms.append(Term("odd", terms[0].numerator * 0 + bad, 1.0))
         return terms, predicted
@@ -366,6 +367,51 @@ def test_mixed_precision_on_a_cpu_stays_close_and_keeps_float32():
     assert mixed.weight.dtype == torch.float32
     assert not torch.equal(full.weight, mixed.weight)
     assert torch.allclose(full.weight, mixed.weight, atol=0.02)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """Loss scaling as on a GPU, on the CPU."""
+
+    def use(scale: float):
+        def init(self, method, recipe, *, amp, clip):
+            original(self, method, recipe, amp=amp, clip=clip)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=7)
+
+        monkeypatch.setattr(Stepper, "__init__", init)
+
+    original = Stepper.__init__
+    return use
+
+
+def test_loss_scaling_by_powers_of_two_changes_no_bit(scaled):
+    plain, method = toy_method(), toy_method()
+    train(plain, _data(), clip=0.05)
+    scaled(2.0**10)
+    train(method, _data(), clip=0.05)
+    assert torch.equal(method.weight, plain.weight)
+
+
+def test_a_scale_that_overflows_is_halved_until_it_fits_and_kept_by_resuming(scaled, tmp_path):
+    scaled(2.0**127)
+    whole, method, again = toy_method(), toy_method(), toy_method()
+    history = train(whole, _data())
+    assert history.finished
+    assert torch.isfinite(whole.weight).all()
+    assert not torch.equal(whole.weight, toy_method().weight)
+    with pytest.raises(KeyboardInterrupt):
+        train(method, _data(), out=tmp_path, progress=Halt(2, 3, ctrl_c=False))
+    train(again, _data(), out=tmp_path, resume=True)
+    assert torch.equal(again.weight, whole.weight)
+
+
+def test_a_gradient_no_scale_can_save_stops(scaled, monkeypatch):
+    monkeypatch.setattr("fastood.tuning.step._MOST_SKIPPED", 3)
+    scaled(1024.0)
+    broken = Poisoned(toy_method().encoder, toy_method().class_names)
+    broken.kind = "always"
+    with pytest.raises(TrainingError, match=r"epoch 1, step 4: the gradient is not finite"):
+        train(broken, _data())
 
 
 def test_curves_without_tensorboard_say_so(tmp_path, monkeypatch):
