@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from fastood.tuning.fewshot import few_shot, take_images
 
 SHOTS, VIEWS, SEEDS = 8, 8, (1, 2, 3)
 METHODS = ("zoclip", "tip", "tip-f", "clip-adapter", "coop", "cocoop", "locoop", "ebm", "lora")
+CONTEXT = {"coop": {"n_ctx": 4}, "locoop": {"n_ctx": 4}, "ebm": {"n_ctx": 4}}
+"""The tiny model has never seen a prompt of more than 15 tokens: CoOp's 16 are too many for it."""
 SCORES = ("max_similarity", "mcm", "msp", "gl_mcm", "delta_energy")
 OUT = Path(__file__).parent / "results" / "methods.md"
 
@@ -36,10 +37,10 @@ HEAD = """# Fine-tuning methods on the tiny CLIP
 
 **A check of the machinery, no evidence about the methods.** The model is `fastood-tiny`, 3.4
 million parameters, which knows five of the ten classes. {shots} shots of each class and {test:,}
-test photographs, none of them seen in its training; authors' recipes (`cocoop` in batches of one),
-{views} cached views, Tip-Adapter's alpha and beta chosen on the {held} validation photographs that
-are no shots. Mean and standard deviation over {seeds} seeds, in percent; AUROC is the mean over
-{ood}. Seconds are of the whole call on two CPU threads with the views encoded. Written by
+test photographs, none of them seen in its training; authors' recipes with {views} cached views;
+learned contexts of four tokens, since the model has never seen a prompt of more than 15;
+Tip-Adapter's alpha and beta chosen on the {held} validation photographs that are no shots. Mean
+and standard deviation over {seeds} seeds, in percent; AUROC is the mean over {ood}. Written by
 `python -m bench.methods`.
 
 """
@@ -54,7 +55,15 @@ def tune(method: str, shots: ImageSet, held: ImageSet, seed: int, **options: Any
     encoder = options.pop("encoder")
     validation = held if method.startswith("tip") else None
     return fine_tune(
-        encoder, method, shots, shots=None, seed=seed, validation=validation, views=VIEWS, **options
+        encoder,
+        method,
+        shots,
+        settings=CONTEXT.get(method),
+        shots=None,
+        seed=seed,
+        validation=validation,
+        views=VIEWS,
+        **options,
     )
 
 
@@ -63,10 +72,7 @@ def line(name: str, runs: list[dict[str, float]]) -> str:
     for key in runs[0]:
         values = [run[key] for run in runs]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        if key == "seconds":
-            cells.append(f"{statistics.mean(values):.1f}")
-        else:
-            cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
+        cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -93,11 +99,7 @@ def main() -> None:
             encoder = load_model("fastood-tiny")
             shots = few_shot(pool, SHOTS, seed)
             held = rest_of(pool, shots)
-            warm = "tip" if method == "tip" else "zoclip"
-            tune(warm, shots, held, seed, encoder=encoder, cache=cache)  # encodes the views
-            start = time.perf_counter()
             done = tune(method, shots, held, seed, encoder=encoder, cache=cache)
-            seconds = time.perf_counter() - start
             towers = done.method.changes_towers
             pipeline = Pipeline(
                 done.method.adapted(encoder) if towers else encoder,
@@ -111,10 +113,9 @@ def main() -> None:
             for score in SCORES:
                 rows = [m for m in results["metrics"] if m["score"] == score]
                 run[score] = 100 * next(m["AUROC"] for m in rows if m["set"] == "average")
-            run["seconds"] = seconds
             found.setdefault(method, []).append(run)
             print(method, seed, {k: round(v, 1) for k, v in run.items()}, flush=True)
-    columns = ["", "accuracy", *(f"AUROC {s}" for s in SCORES), "seconds"]
+    columns = ["", "accuracy", *(f"AUROC {s}" for s in SCORES)]
     names = " and ".join(f"{len(s):,} pictures of {s.name}" for s in ood)
     text = HEAD.format(
         shots=SHOTS, test=len(test), views=VIEWS, held=len(held), seeds=len(SEEDS), ood=names
