@@ -87,6 +87,11 @@ def _by_head(x: Tensor, span: slice, fold: tuple[int, int]) -> Tensor:
     return x[:, span].unflatten(1, fold).transpose(2, 3)
 
 
+def _rows(x: Tensor, span: slice, fold: tuple[int, int]) -> Tensor:
+    """(B, H, N) → (B, prompts, H, tokens) of one bucket."""
+    return x[:, :, span].unflatten(2, fold).transpose(1, 2)
+
+
 def _later(buckets: Buckets, device: torch.device) -> Tensor:
     longest = max((b.length for b in buckets), default=0)
     return torch.ones(longest, longest, dtype=torch.bool, device=device).triu(1)
@@ -113,18 +118,18 @@ def _forward(
             scores = scores.masked_fill_(later[: fold[1], : fold[1]], float("-inf"))
         high = scores.amax(dim=-1)  # (B, prompts, H, tokens)
         if prefix is not None:
-            of_prefix = top[:, :, asked].unflatten(2, fold_q).transpose(1, 2)
+            of_prefix = _rows(top, asked, fold_q)
             high = torch.maximum(high, of_prefix)
         scores = scores.sub_(high[..., None]).exp_()
         total = scores.sum(dim=-1)
         result = scores @ _by_head(v, own, fold)
         if prefix is not None:
             share = (of_prefix - high).exp_()
-            total = total + share * mass[:, :, asked].unflatten(2, fold_q).transpose(1, 2)
+            total = total + share * _rows(mass, asked, fold_q)
             result = result + share[..., None] * _by_head(part, asked, fold_q)
         result = result / total[..., None]
         _by_head(out, asked, fold_q).copy_(result)
-        lse[:, :, asked].unflatten(2, fold_q).transpose(1, 2).copy_(high + total.log())
+        _rows(lse, asked, fold_q).copy_(high + total.log())
     return out, lse
 
 
@@ -155,9 +160,9 @@ def _backward(
         scores = qb @ kb.transpose(-1, -2)
         if not last and fold[1] > 1:
             scores = scores.masked_fill_(later[: fold[1], : fold[1]], float("-inf"))
-        p = scores.sub_(lse[:, :, asked].unflatten(2, fold_q).transpose(1, 2)[..., None]).exp_()
+        p = scores.sub_(_rows(lse, asked, fold_q)[..., None]).exp_()
         _by_head(dv, own, fold).copy_(p.transpose(-1, -2) @ gb)
-        of = delta[:, :, asked].unflatten(2, fold_q).transpose(1, 2)[..., None]
+        of = _rows(delta, asked, fold_q)[..., None]
         p = (gb @ vb.transpose(-1, -2)).sub_(of).mul_(p)
         _by_head(dk, own, fold).copy_(p.transpose(-1, -2) @ qb)
         own_part = p @ kb
