@@ -162,6 +162,7 @@ except DataError as error:
 """
 
 
+@pytest.mark.slow
 def test_of_two_processes_the_first_encodes_and_the_other_maps(images, tmp_path):
     first, second = launch(SCRIPT, tmp_path)
     want = FeatureViews.encode(ToyEncoder(), images, views=2).digest
