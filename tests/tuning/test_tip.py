@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import peers_tuning
+from fastood.detectors import Detector
 from fastood.models import load_model
 from fastood.models.base import Encoder
 from fastood.scores.bank import ClassBank
@@ -17,7 +18,11 @@ from fastood.tuning.method import Batch, total_loss
 from fastood.tuning.state import load_method, save_method
 from fastood.tuning.tip import TipAdapter, TipAdapterF, cache_values, published_alpha_beta
 from fastood.tuning.tip_grid import published_grid, search
-from tests.tolerances import TRAJECTORY_LOSS64_ATOL, TRAJECTORY_LOSS_ATOL
+from tests.tolerances import (
+    SCORE_FROM_FEATURES_RTOL,
+    TRAJECTORY_LOSS64_ATOL,
+    TRAJECTORY_LOSS_ATOL,
+)
 
 NAMES = ["a_shirt", "shoes", "hat", "skirt", "dress"]
 SHOTS = torch.tensor([3, 1, 4, 2, 3])
@@ -326,3 +331,26 @@ def test_bad_input(encoder):
         method.choose(image, labels + 1)
     with pytest.raises(ValueError, match="max_alpha"):
         method.choose(image, labels, max_alpha=0.0)
+
+
+@pytest.mark.parametrize("name", ["mcm", "msp", "energy", "delta_energy", "gl_mcm"])
+def test_detectors_take_the_head(encoder, name):
+    head = filled(encoder, alpha=2.0).head()
+    image, _ = pictures(encoder, seed=1)
+    local = image[:, None] * torch.tensor([1.0, -0.5])[:, None]
+    patches = {"local": local} if name == "gl_mcm" else {}
+    got = Detector(name, head=head).predict_features(image, **patches)
+    found = head.similarities(image.double(), local.double())
+    tau = 1.0 if name in ("mcm", "gl_mcm") else 1 / encoder.logit_scale
+    p = (found.image / tau).softmax(dim=-1).amax(dim=-1)
+    lse = (found.image / tau).logsumexp(dim=-1)
+    top = found.image.topk(1).values[:, 0]
+    rest = torch.logaddexp((lse.exp() - (top / tau).exp()).log(), torch.zeros(()).double())
+    want = {
+        "mcm": p,
+        "msp": p,
+        "energy": tau * lse,
+        "delta_energy": lse - rest,
+        "gl_mcm": p + found.local.softmax(dim=-1).amax(dim=(1, 2)),
+    }[name]
+    torch.testing.assert_close(-got.double(), want, rtol=SCORE_FROM_FEATURES_RTOL, atol=1e-4)
