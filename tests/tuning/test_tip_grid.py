@@ -72,8 +72,10 @@ def test_counts_with_unequal_numbers_of_keys(monkeypatch, chunk):
     image, labels, text, keys, owners = toy(75, 10, shots, seed=3)
     mixed = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
     data = (image, labels, text, keys[mixed], owners[mixed])
-    betas, alphas = BETAS[::20], ALPHAS[::3]
-    assert torch.equal(count_right(*data, betas, alphas), plain(*data, betas, alphas))
+    for betas in (BETAS[::20], BETAS[::2]):  # one exp each; the series
+        assert (tip_grid._series(tuple(betas), 0.0, 1.0) is None) == (len(betas) == 10)
+        alphas = ALPHAS[::3]
+        assert torch.equal(count_right(*data, betas, alphas), plain(*data, betas, alphas))
 
 
 def test_counts_with_few_shared_features_and_large_betas():
