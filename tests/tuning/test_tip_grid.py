@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import peers_tuning
 from fastood.tuning import tip_grid
@@ -173,6 +174,26 @@ def test_real_features(data_root):
                  [BETAS[i] for i in rows], [ALPHAS[j] for j in columns])  # fmt: skip
     assert torch.equal(found.right[list(rows)][:, list(columns)], want)
     assert found.accuracy > 0.5
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in any tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def test_no_matrix_of_images_and_keys_is_made():
+    data = toy(4000, 10, 16)
+    with Largest() as seen:
+        count_right(*data, BETAS, ALPHAS)
+    assert 4000 * 24 <= seen.numel < 4000 * 160 // 4
 
 
 @pytest.mark.parametrize(
