@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fastood.errors import ModelError
 from fastood.models import CallableEncoder, HFEncoder, OpenClipEncoder, load_model
 from fastood.models.base import Encoder
 from fastood.tuning.locoop import locoop_loss
+from fastood.tuning.loop import train
 from fastood.tuning.lora import LoRA, attach, attached, copy_encoder, detach, merge
 from fastood.tuning.matrices import KINDS, find, list_matrices
 from fastood.tuning.method import Batch, total_loss
@@ -509,3 +511,46 @@ def test_peft_agrees():
         rtol=1e-10,
         atol=1e-10,
     )
+
+
+class Pixels:
+    """Training data of pixels, equal in every epoch."""
+
+    name, views, digest = "pixels", 1, "pixels of a test"
+
+    def __init__(self, encoder: Encoder, n: int) -> None:
+        self.class_names = tuple(NAMES)
+        self.labels = torch.arange(n) % len(NAMES)
+        g = torch.Generator().manual_seed(3)
+        shape = (3, tiny.SIZE, tiny.SIZE)
+        kinds = torch.randn(len(NAMES), *shape, generator=g)
+        self.images = (kinds[self.labels] + torch.randn(n, *shape, generator=g)).to(encoder.dtype)
+        self.paths = tuple(f"{i}.png" for i in range(n))
+
+    def batch(self, index: Tensor, epoch: int) -> Batch:
+        return Batch(self.images[index], self.labels[index])
+
+    def prefetch(self, index: Tensor, epoch: int) -> None:
+        pass
+
+    def contents(self) -> dict[bytes, str]:
+        return {p.encode(): p for p in self.paths}
+
+    def describe(self) -> dict[str, str]:
+        return {"name": self.name}
+
+
+def test_the_loop_trains_both_towers(tmp_path):
+    encoder = open_clip_encoder(dtype=torch.float32)
+    data = Pixels(encoder, 16)
+    recipe = replace(LoRA.recipe, epochs=3, batch_size=6, lr=0.05)
+    method = LoRA(encoder, NAMES, rank=4, top_k=2)
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    history = train(method, data, recipe=recipe, validation=data, out=tmp_path)
+    assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
+    assert all(not torch.equal(v, before[k]) for k, v in method.state_dict().items())
+    merged = method.adapted(encoder)
+    z = F.normalize(merged.encode_image(data.images).image, dim=-1)
+    text = F.normalize(merged.encode_text([f"a photo of a {w}" for w in WORDS]), dim=-1)
+    right = ((z @ text.T).argmax(dim=-1) == data.labels).float().mean()
+    assert float(right) == pytest.approx(history.epochs[-1]["validation"])

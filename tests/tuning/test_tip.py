@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from bench import peers_tuning
 from fastood.detectors import Detector
+from fastood.features.featureset import FeatureChunk, FeatureSet
 from fastood.models import load_model
 from fastood.models.base import Encoder
 from fastood.scores.bank import ClassBank
+from fastood.tuning.loop import train
 from fastood.tuning.method import Batch, total_loss
 from fastood.tuning.state import load_method, save_method
 from fastood.tuning.tip import TipAdapter, TipAdapterF, cache_values, published_alpha_beta
 from fastood.tuning.tip_grid import published_grid, search
+from fastood.tuning.views import FeatureData
 from tests.tolerances import (
     SCORE_FROM_FEATURES_RTOL,
     TRAJECTORY_LOSS64_ATOL,
@@ -354,3 +358,39 @@ def test_detectors_take_the_head(encoder, name):
         "gl_mcm": p + found.local.softmax(dim=-1).amax(dim=(1, 2)),
     }[name]
     torch.testing.assert_close(-got.double(), want, rtol=SCORE_FROM_FEATURES_RTOL, atol=1e-4)
+
+
+def features_of(encoder, n=60, name="training", **options) -> FeatureData:
+    image, labels = pictures(encoder, n, **options)
+    paths = tuple(f"{name}/{i}.png" for i in range(len(labels)))
+    features = FeatureSet(name, paths, labels.numpy(), tuple(NAMES), (FeatureChunk(0, image),))
+    return FeatureData(features)
+
+
+def test_the_loop_builds_the_cache_trains_it_and_resumes(encoder, tmp_path):
+    training, held = features_of(encoder), features_of(encoder, name="held", seed=8)
+    recipe = replace(TipAdapterF.recipe, epochs=3, batch_size=16)
+    free = TipAdapter(encoder, NAMES)
+    train(free, training)
+    assert len(free.keys) == 60
+    done = []
+    for stop in (None, 5):
+        method = TipAdapterF(encoder, NAMES)
+
+        def interrupt(at, stop=stop):
+            if stop is not None and (at.epoch - 1) * at.steps + at.step == stop:
+                raise KeyboardInterrupt
+
+        options = {"recipe": recipe, "validation": held, "out": tmp_path / f"run {stop}"}
+        if stop is not None:
+            with pytest.raises(KeyboardInterrupt):
+                train(method, training, progress=interrupt, **options)
+            method = TipAdapterF(encoder, NAMES)
+        history = train(method, training, resume=stop is not None, **options)
+        assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
+        done.append(method)
+    assert torch.equal(done[0].keys, done[1].keys)
+    assert not torch.equal(done[0].keys.detach(), free.keys)
+    image, labels = pictures(encoder, seed=8)
+    right = done[0].head().similarities(image).image.argmax(dim=-1) == labels
+    assert float(right.float().mean()) == pytest.approx(history.epochs[-1]["validation"])
