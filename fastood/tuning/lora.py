@@ -205,6 +205,8 @@ class LoRA(Method):
             300 of ImageNet's 1000 and 4 of Pascal-VOC's 14 classes.
         templates: prompts of the classes; SeTAR's has no full stop.
         seed: of A, drawn uniformly as ``nn.Linear`` draws; B starts at 0.
+        chunk: texts in a graph at a time; the others are run again in the backward pass. None
+            keeps one graph of all.
     Raises:
         ValueError: rank < 1 or above a matrix's; an unknown loss; top_k outside 1..K-1.
         ModelError: matrices the model does not have; ``loss="locoop"`` without patch features.
@@ -231,6 +233,7 @@ class LoRA(Method):
         top_k: int | None = None,
         templates: str | Sequence[str] = "mcm",
         seed: int = 1,
+        chunk: int | None = None,
     ) -> None:
         if loss not in ("locoop", "ce"):
             raise ValueError(f'loss: expected "locoop" or "ce", got {loss!r}')
@@ -262,6 +265,7 @@ class LoRA(Method):
             "top_k": top_k,
             "templates": templates if isinstance(templates, str) else list(templates),
             "seed": check_count("seed", seed, 0, None),
+            "chunk": None if chunk is None else check_count("chunk", chunk, 1, None),
         }
         super().__init__(encoder, class_names, settings)
         self._student = copy_encoder(encoder)
@@ -283,7 +287,7 @@ class LoRA(Method):
                 torch.zeros(out, rank, dtype=self.dtype, device=encoder.device)
             )
         attach(model, self._updates(self._matrices), scale=self._scale)
-        self._prompts = _Prompts(self._student, self.words, settings["templates"])
+        self._prompts = _Prompts(self._student, self.words, settings["templates"], chunk)
         moving = {matrix.tower for matrix in self._matrices}
         self._image_moves, self._text_moves = "image" in moving, "text" in moving
         self._text: Tensor | None = None
@@ -375,7 +379,9 @@ class LoRA(Method):
 class _Prompts:
     """Class prompts as the student encodes them now: (K, D) unit rows, with gradient."""
 
-    def __init__(self, encoder: Encoder, words: Sequence[str], templates: Any) -> None:
+    def __init__(
+        self, encoder: Encoder, words: Sequence[str], templates: Any, chunk: int | None
+    ) -> None:
         from fastood.data.prompts import fill, resolve_templates
 
         self._encode = []
@@ -388,7 +394,7 @@ class _Prompts:
             self._encode.append(
                 _whole(encoder, tokens)
                 if isinstance(tower, str)
-                else _packed(PromptEncoder(encoder, fixed(tokens, tower.ends(tokens))))
+                else _packed(PromptEncoder(encoder, fixed(tokens, tower.ends(tokens)), chunk=chunk))
             )
 
     def __call__(self) -> Tensor:

@@ -378,6 +378,17 @@ def test_template_ensembles():
     torch.testing.assert_close(method.text().detach(), want, rtol=1e-9, atol=1e-9)
 
 
+def test_texts_in_chunks_have_the_same_gradient(encoder):
+    batch = Batch(pixels(encoder), LABELS)
+    found = []
+    for chunk in (None, 1, 3):
+        method = moved(LoRA(encoder, NAMES, kinds=KINDS, rank=2, loss="ce", chunk=chunk))
+        found.append(gradients(total_loss(method.terms(batch)[0]), method))
+    for other in found[1:]:
+        for name, want in found[0].items():
+            torch.testing.assert_close(other[name], want, rtol=1e-9, atol=1e-11, msg=name)
+
+
 def test_tower_without_a_causal_mask_runs_whole():
     encoder = open_clip_encoder(text={"no_causal_mask": True})
     method = moved(LoRA(encoder, NAMES, rank=2, loss="ce"))
@@ -444,6 +455,7 @@ def test_defaults_are_the_baseline():
         ({"top_k": 0}, ValueError, "top_k: expected"),
         ({"kinds": "fc1"}, ValueError, "kinds: expected some of"),
         ({"layers": [7]}, ValueError, "layers: expected numbers in -2..1"),
+        ({"chunk": 0}, ValueError, "chunk: expected"),
         ({"alpha": "8"}, ValueError, "alpha: expected a finite number"),
         ({"templates": "none"}, ValueError, "templates: expected one with {}"),
     ],
