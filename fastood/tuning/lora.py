@@ -1,9 +1,4 @@
-"""Low-rank updates of chosen weight matrices, W + (alpha / r) B A, and LoRA as a method.
-
-Updates attach to the parameters a model has, by parametrisation: whoever reads the parameter, also
-a fused attention that takes all of ``in_proj_weight``, sees the updated one. Several matrices that
-share a parameter (open_clip's q, k and v) share one parametrisation, and rows of other matrices
-pass through untouched. ``merge`` leaves a model of the original kind with the original keys.
+"""LoRA: low-rank updates of a CLIP's towers, trained on pixels with fixed prompts.
 
 Source: arXiv 2106.09685; as a baseline of OOD detection arXiv 2406.12629 (SeTAR).
 """
@@ -12,12 +7,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fastood.errors import ModelError
 from fastood.models.base import Encoder, ImageFeatures
@@ -26,136 +20,13 @@ from fastood.prompts.layout import fixed
 from fastood.prompts.tower import text_tower
 from fastood.scores.inputs import check_count, check_scalar, matmul_classes, unit_rows
 from fastood.tuning.locoop import locoop_terms
+from fastood.tuning.lowrank import Factors, attach, merge
 from fastood.tuning.matrices import Matrix, find
 from fastood.tuning.method import Batch, Method, Needs, Term
 from fastood.tuning.parts import classified, images_of, or_nothing
 from fastood.tuning.recipes import RECIPES, Recipe
 
-__all__ = ["LoRA", "LowRank", "attach", "attached", "copy_encoder", "detach", "merge"]
-
-Factors = tuple[nn.Parameter, nn.Parameter]
-
-
-class LowRank(nn.Module):
-    """Parametrisation of one parameter: low-rank updates of the matrices kept in it.
-
-    W' = W + scale · B A for each matrix, A (r, in), B (out, r). The update is made and added in the
-    wider of both dtypes and returned in the parameter's. Rows that belong to no matrix, and all of
-    them while B = 0, are the original's bit for bit.
-    """
-
-    def __init__(self, parts: Sequence[tuple[Matrix, Factors]], scale: float) -> None:
-        super().__init__()
-        self.matrices = tuple(matrix for matrix, _ in parts)
-        self.A = nn.ParameterList([a for _, (a, _) in parts])
-        self.B = nn.ParameterList([b for _, (_, b) in parts])
-        self.scale = scale
-        self.order: tuple[str, ...] = ()
-
-    def forward(self, weight: Tensor) -> Tensor:
-        updated = [
-            (matrix.rows, self._updated(matrix.of(weight), a, b, matrix.transposed))
-            for matrix, a, b in zip(self.matrices, self.A, self.B, strict=True)
-        ]
-        if updated[0][0] is None:
-            return updated[0][1]
-        pieces, end = [], 0
-        for rows, piece in sorted(updated, key=lambda found: found[0] or (0, 0)):
-            assert rows is not None
-            pieces += [weight[end : rows[0]], piece]
-            end = rows[1]
-        return torch.cat([*pieces, weight[end:]])
-
-    def _updated(self, w: Tensor, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
-        found = (w + self.scale * (b @ a)).to(w.dtype)
-        return found.mT if transposed else found
-
-
-def attach(model: nn.Module, updates: Mapping[Matrix, Factors], *, scale: float) -> None:
-    """Put low-rank updates on matrices of ``model``, in place.
-
-    Args:
-        updates: for each matrix A (r, in) and B (out, r); these very parameters are used.
-        scale: alpha / r.
-    Raises:
-        ValueError: no updates; A and B of other shapes; a parameter that already has a
-            parametrisation (``merge`` or ``detach`` first).
-    Notes:
-        The parameters below stop requiring a gradient. Until ``merge`` or ``detach`` a state dict
-        of the model has other keys, so that it is not taken for one of the original.
-    """
-    if not updates:
-        raise ValueError("updates: expected at least one matrix, got none")
-    homes: dict[str, list[tuple[Matrix, Factors]]] = {}
-    for matrix, (a, b) in updates.items():
-        out, width = matrix.shape
-        if a.shape != (len(a), width) or b.shape != (out, len(a)):
-            raise ValueError(
-                f"updates: expected A (r, {width}) and B ({out}, r) for {matrix.address}, got "
-                f"{tuple(a.shape)} and {tuple(b.shape)}; is this another model?"
-            )
-        if parametrize.is_parametrized(model.get_submodule(matrix.module), matrix.parameter):
-            raise ValueError(
-                f"updates: {matrix.key} already has a parametrisation; merge or detach it first"
-            )
-        homes.setdefault(matrix.key, []).append((matrix, (a, b)))
-    for parts in homes.values():
-        matrix = parts[0][0]
-        module = model.get_submodule(matrix.module)
-        getattr(module, matrix.parameter).requires_grad_(False)
-        low_rank = LowRank(parts, scale)
-        low_rank.order = tuple(module._parameters)
-        parametrize.register_parametrization(module, matrix.parameter, low_rank, unsafe=True)
-
-
-def attached(model: nn.Module) -> tuple[Matrix, ...]:
-    """The matrices of ``model`` that have an update."""
-    return tuple(m for _, _, low_rank in _homes(model) for m in low_rank.matrices)
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Write the updates into the weights: the same outputs, the original keys, no updates left.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    _remove(model, merged=True)
-    return model
-
-
-def detach(model: nn.Module) -> nn.Module:
-    """Take the updates off: the original model.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    _remove(model, merged=False)
-    return model
-
-
-def _homes(model: nn.Module) -> list[tuple[nn.Module, str, LowRank]]:
-    found = []
-    for module in model.modules():
-        held = getattr(module, "parametrizations", None)
-        if parametrize.is_parametrized(module) and isinstance(held, nn.ModuleDict):
-            for name, chain in held.items():
-                if isinstance(chain, parametrize.ParametrizationList) and len(chain) == 1:
-                    low_rank = chain[0]
-                    if isinstance(low_rank, LowRank):
-                        found.append((module, name, low_rank))
-    return found
-
-
-def _remove(model: nn.Module, *, merged: bool) -> None:
-    homes = _homes(model)
-    if not homes:
-        raise ValueError("model: expected one with low-rank updates, found none")
-    for module, name, low_rank in homes:
-        with torch.no_grad():
-            parametrize.remove_parametrizations(module, name, leave_parametrized=merged)
-        # keys in the order of before, whatever was registered last
-        again = {n: module._parameters.pop(n) for n in low_rank.order if n in module._parameters}
-        module._parameters.update(again)
+__all__ = ["LoRA", "copy_encoder"]
 
 
 def copy_encoder(encoder: Encoder, *, name: str | None = None) -> Encoder:

@@ -15,7 +15,8 @@ from fastood.models import CallableEncoder, HFEncoder, OpenClipEncoder, load_mod
 from fastood.models.base import Encoder
 from fastood.tuning.locoop import locoop_loss
 from fastood.tuning.loop import train
-from fastood.tuning.lora import LoRA, attach, attached, copy_encoder, detach, merge
+from fastood.tuning.lora import LoRA, copy_encoder
+from fastood.tuning.lowrank import attach, attached, detach, merge
 from fastood.tuning.matrices import KINDS, find, list_matrices
 from fastood.tuning.method import Batch, total_loss
 from fastood.tuning.state import load_method, save_method

@@ -105,6 +105,8 @@ def test_scales_and_temperatures(encoder):
     at_one = logit.similarities(image).image.softmax(dim=-1).amax(dim=-1)
     at_gamma = (cosine.similarities(image).image * encoder.logit_scale).softmax(dim=-1).amax(dim=-1)
     torch.testing.assert_close(at_one, at_gamma, rtol=1e-5, atol=1e-6)
+    patches = [h.similarities(image, image[:, None]).local for h in (logit, cosine)]
+    torch.testing.assert_close(patches[0], encoder.logit_scale * patches[1])
 
 
 def test_keys_are_normalised_means_of_raw_views(encoder):

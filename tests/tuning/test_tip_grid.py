@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import peers_tuning
-from fastood.tuning import tip_grid
+from fastood.tuning import tip_blocks
 from fastood.tuning.tip_grid import count_right, grid_maxima, published_grid, search
 
 BETAS, ALPHAS = published_grid()
@@ -67,14 +67,14 @@ def test_trained_keys_need_not_have_unit_norm():
 
 @pytest.mark.parametrize("chunk", [64, 1 << 15])
 def test_counts_with_unequal_numbers_of_keys(monkeypatch, chunk):
-    monkeypatch.setattr(tip_grid, "_CHUNK", chunk)
-    monkeypatch.setattr(tip_grid, "_IMAGES", (16, 16))  # several blocks of images
+    monkeypatch.setattr(tip_blocks, "_CHUNK", chunk)
+    monkeypatch.setattr(tip_blocks, "_IMAGES", (16, 16))  # several blocks of images
     shots = torch.tensor([1, 5, 0, 3, 3, 16, 2, 1, 0, 4])
     image, labels, text, keys, owners = toy(75, 10, shots, seed=3)
     mixed = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
     data = (image, labels, text, keys[mixed], owners[mixed])
     for betas in (BETAS[::20], BETAS[::2]):  # one exp each; the series
-        assert (tip_grid._series(tuple(betas), 0.0, 1.0) is None) == (len(betas) == 10)
+        assert (tip_blocks._series(tuple(betas), 0.0, 1.0) is None) == (len(betas) == 10)
         alphas = ALPHAS[::3]
         assert torch.equal(count_right(*data, betas, alphas), plain(*data, betas, alphas))
 
@@ -89,7 +89,7 @@ def test_counts_with_few_shared_features_and_large_betas():
 
 def test_a_series_stands_for_the_exponential():
     for betas, low, high in ((BETAS, 0.2, 0.6), (BETAS, 0.0, 2.0), (published_grid(20)[0], 0, 1.5)):
-        series = tip_grid._series(tuple(betas), low, high)
+        series = tip_blocks._series(tuple(betas), low, high)
         assert series is not None and series.shape[1] < 60
         d = torch.linspace(low, high, 301, dtype=torch.float64)
         angles = torch.acos(((2 * d - low - high) / (high - low)).clamp(-1, 1))
@@ -97,7 +97,7 @@ def test_a_series_stands_for_the_exponential():
         terms = torch.cos(angles * order) * (1 - 2 * (order % 4 >= 2).double())  # + + - -
         beta = torch.tensor(betas, dtype=torch.float64)[:, None]
         error = (series @ terms - torch.exp(-beta * d)).abs() / torch.exp(-beta * low)
-        assert float(error.max()) < tip_grid._ERROR
+        assert float(error.max()) < tip_blocks._ERROR
 
 
 def test_ties_go_to_the_lower_class():
