@@ -81,7 +81,7 @@ def encode_classes(
         class_names: K names.
         templates: a set name (``"mcm"``), one template, or several; each with one ``{}``.
         cache: where to look and keep; results are always remembered in memory as well.
-        batch_size: prompts per forward pass; one pass holds prompts of one template.
+        batch_size: prompts per forward pass.
         allow_duplicates: let several classes share a name (they tie exactly) with a warning.
     Returns:
         ``ClassText``; (K, D) float32 whatever dtype the tower computes in.
@@ -161,10 +161,8 @@ def _class_rows(
     row = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     first = dict(zip(reversed(keys), reversed(names), strict=True))  # the first name of each key
     distinct = [first[key] for key in row]
-    # template by template: what its prompts begin with is then run once for all of them
-    each = torch.cat(
-        [_unit_rows(encoder, [fill(t, n) for n in distinct], batch_size) for t in templates]
-    )
+    # template by template: a batch then has few beginnings, each of which is run once
+    each = _unit_rows(encoder, [fill(t, n) for t in templates for n in distinct], batch_size)
     mean = each.view(len(templates), len(distinct), -1).mean(dim=0)
     if bool((mean.norm(dim=-1) < 1e-6).any()):
         raise ValueError("templates: the ensemble of a class cancels to zero; use fewer templates")

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastood.prompts.bounded import direct
-from fastood.prompts.layout import fixed
-from fastood.prompts.packing import Packing, pack, shared_length
+from fastood.prompts.forest import common_beginnings, forest_pass
+from fastood.prompts.packing import Packing
 from fastood.prompts.shared import prefix_pass, suffix_pass
 from fastood.prompts.tower import TextTower, text_tower
 
@@ -108,8 +107,20 @@ class TextPass:
         return self._full(tokens) if tower is None else self._packed(tower, tokens)
 
     def _packed(self, tower: TextTower, tokens: Tensor) -> Tensor:
-        layout = fixed(tokens, tower.ends(tokens))
-        packing = pack(layout, shared_length(layout)).to(tower.device)
-        parts = PackedPass(tower, packing, max(1, INFERENCE_TOKENS // packing.longest))
-        features = direct(parts, None)[0]
-        return features if packing.back is None else features.index_select(0, packing.back)
+        ends = tower.ends(tokens).cpu()
+        tokens = tokens.cpu()
+        rows = zip(tokens.tolist(), ends.tolist(), strict=True)
+        prompts = [tuple(row[: end + 1]) for row, end in rows]
+        index = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+        distinct = list(index)
+        where = {p: i for i, p in reversed(list(enumerate(prompts)))}
+        first = torch.tensor([where[p] for p in distinct])
+        step = max(1, INFERENCE_TOKENS // max(map(len, distinct)))
+        found = []
+        for some in first.split(step):
+            groups = common_beginnings([prompts[i] for i in some.tolist()])
+            found.append(forest_pass(tower, tokens[some], ends[some], groups))
+        features = torch.cat(found) if len(found) > 1 else found[0]
+        if len(distinct) == len(prompts):
+            return features
+        return features.index_select(0, torch.tensor([index[p] for p in prompts]).to(tower.device))

@@ -51,7 +51,7 @@ def test_each_template_runs_its_beginning_once():
     encode_classes(encoder, NAMES, templates=["a photo of a {}.", "{} in the snow"])
     names = sum(len(tiny.TOKENIZER.encode(n)) for n in NAMES)
     # start and "a photo of a"; name, full stop, end. Then: start; name, "in the snow", end
-    assert seen == [5, names + 2 * 4, 1, names + 4 * 4]
+    assert seen == [5 + names + 2 * 4 + 1 + names + 4 * 4]
 
 
 def test_prompts_of_any_batch_agree():
