@@ -1,17 +1,17 @@
-"""Weights without their smallest singular directions, for many matrices of one shape at a time.
+"""Weights without some of their singular directions, for many matrices of one shape at a time.
 
 One decomposition of each matrix serves every number of directions that is tried. On the smaller
-side, the Gram matrix is formed in float64 (a squared condition number costs nothing there) and its
-symmetric eigenproblem solved; the other side's singular vectors are never needed. Letters here:
-N matrices of m rows and n columns, r = min(m, n).
+side, the Gram matrix is formed in float64 (which leaves float32 weights all their digits, squared
+or not) and its symmetric eigenproblem solved; the other side's singular vectors are never needed.
+Letters here: N matrices of m rows and n columns, r = min(m, n).
 """
 
 from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,16 @@ from fastood.errors import BuildError
 from fastood.ops import loader
 from fastood.ops.cudalib import Library
 
-__all__ = ["TailBasis", "drop_tails", "tail_basis"]
+__all__ = ["TailBasis", "drop_tails", "resolution", "solver_of", "tail_basis"]
 
-_CHUNK_BYTES = 1 << 30
-"""Float64 copies of weights and products held at a time."""
+_CHUNK_BYTES = {"cpu": 3 << 19, "other": 1 << 28}
+"""Float64 numbers of weights worked on at a time. On the CPU they stay in the cache of a core while
+one number of directions after the other is dropped: 1.4 times faster than all rows of a
+3072 x 768 matrix at once. A GPU has many cores to fill."""
+
+_GRAM_BLOCKS = 3
+"""Column blocks of a Gram matrix on the CPU, of which the lower triangle is formed: two thirds of
+the multiplications. Smaller blocks save more of them and lose it again to narrow products."""
 
 
 class TailBasis(NamedTuple):
@@ -36,13 +42,38 @@ class TailBasis(NamedTuple):
     ones."""
 
 
+def solver_of(weights: Tensor) -> Literal["gram", "svd"]:
+    """How these weights are decomposed: by their Gram matrix in float64, or by a float64 SVD.
+
+    The Gram matrix is the faster one wherever it was measured, with one thread and with two: 768 x
+    768, 2048 x 512, 3072 x 768 and 4096 x 1024 take less than half the time of the best SVD (QR
+    first, then the SVD of the triangle; ``python -m bench.bench_lowrank`` measures them again). It
+    tells singular values apart down to 1.5e-8 of the largest. Float32 weights and shorter ones
+    are rounded more coarsely than that; float64 weights are not, so theirs are found by the SVD.
+    Not on a GPU, whose SVD takes a second or more for one matrix.
+    """
+    exact = weights.dtype == torch.float64 and weights.device.type == "cpu"
+    return "svd" if exact else "gram"
+
+
+def resolution(weights: Tensor) -> float:
+    """Singular values at most this much of the largest cannot be told from zero.
+
+    The root of float64's epsilon, 1.5e-8, for Gram matrices, whose eigenvalues are squares;
+    max(m, n) epsilons for the SVD, as in ``numpy.linalg.matrix_rank``.
+    """
+    epsilon = torch.finfo(torch.float64).eps
+    return epsilon**0.5 if solver_of(weights) == "gram" else max(weights.shape[-2:]) * epsilon
+
+
 def tail_basis(weights: Tensor, *, solver: str | None = None) -> TailBasis:
     """The eigenvectors of W'W (n <= m) or WW' (n > m), one decomposition for all matrices.
 
     Args:
         weights: (N, m, n) floating point.
-        solver: ``"torch"`` (``torch.linalg.eigh``), ``"batched"`` (cuSOLVER's batched solver, GPU
-            only), default the batched one where it can be had.
+        solver: of Gram matrices, ``"torch"`` (``torch.linalg.eigh``) or ``"batched"`` (cuSOLVER's
+            batched solver, GPU only); ``"svd"`` (QR, then ``torch.linalg.svd`` of the triangle);
+            default what ``solver_of`` says, and the batched one where it can be had.
     Returns:
         values and vectors in float64, on the device of the weights. Waits for a GPU twice: to see
         that the weights are finite, and that the solver converged.
@@ -54,12 +85,14 @@ def tail_basis(weights: Tensor, *, solver: str | None = None) -> TailBasis:
             f"weights: expected (N, m, n) floating point, got {tuple(weights.shape)} "
             f"{weights.dtype}; torch.stack matrices of one shape"
         )
-    if solver not in (None, "torch", "batched"):
-        raise ValueError(f"solver: expected 'torch', 'batched' or None, got {solver!r}")
+    if solver not in (None, "torch", "batched", "svd"):
+        raise ValueError(f"solver: expected 'torch', 'batched', 'svd' or None, got {solver!r}")
     weights = weights.detach()
+    if solver == "svd" or (solver is None and solver_of(weights) == "svd"):
+        return _by_svd(weights)
     gram = _gram(weights)
-    if not bool(torch.isfinite(gram).all()):
-        raise ValueError("weights: values must be finite, found NaN or Inf, or squares of 1e308")
+    # the diagonal has the squared norms: whatever is not finite shows there
+    _check_finite(gram.diagonal(dim1=-2, dim2=-1))
     if solver == "torch" or gram.numel() == 0 or (solver is None and not gram.is_cuda):
         return TailBasis(*torch.linalg.eigh(gram))
     if not gram.is_cuda:
@@ -79,14 +112,15 @@ def tail_basis(weights: Tensor, *, solver: str | None = None) -> TailBasis:
 
 
 def drop_tails(weights: Tensor, basis: TailBasis, counts: Sequence[int]) -> list[Tensor]:
-    """The weights without their ``count`` weakest singular directions, for each count.
+    """The weights without the first ``count`` directions of a basis, for each count.
 
-    W - (W V) V' with V the first ``count`` eigenvectors (V (V' W) where they are left ones). A
-    larger tail contains the smaller ones: together they cost one projection on the largest.
+    W - (W V) V' with V the first ``count`` vectors (V (V' W) where they are left ones): the weakest
+    of a ``tail_basis``, others if its columns were put in another order. A larger count contains
+    the smaller ones: together they cost one projection on the largest.
 
     Args:
         weights: (N, m, n), as ``tail_basis`` had them.
-        basis: of these weights.
+        basis: of these weights; as many vectors as the largest count are enough.
         counts: how many directions to drop, 0 <= count <= min(m, n), in any order.
     Returns:
         one (N, m, n) tensor per count, in the order asked, in the dtype of the weights; computed
@@ -96,45 +130,82 @@ def drop_tails(weights: Tensor, basis: TailBasis, counts: Sequence[int]) -> list
     """
     n_matrices, m, n = weights.shape
     r = min(m, n)
-    if tuple(basis.vectors.shape) != (n_matrices, r, r) or basis.vectors.device != weights.device:
-        raise ValueError(
-            f"basis: expected vectors {(n_matrices, r, r)} on {weights.device} for weights "
-            f"{tuple(weights.shape)}, got {tuple(basis.vectors.shape)} on {basis.vectors.device}"
-        )
     for count in counts:
         if not 0 <= count <= r:
             raise ValueError(f"counts: expected 0 <= count <= min(m, n) = {r}, got {count}")
+    most = max(counts, default=0)
+    found = tuple(basis.vectors.shape)
+    if (
+        found[:-1] != (n_matrices, r)
+        or not most <= found[-1] <= r
+        or basis.vectors.device != weights.device
+    ):
+        raise ValueError(
+            f"basis: expected vectors {(n_matrices, r, r)} on {weights.device} for weights "
+            f"{tuple(weights.shape)}, got {found} on {basis.vectors.device}"
+        )
     weights = weights.detach()
     results = {count: torch.empty_like(weights) for count in sorted(set(counts))}
-    step = max(1, _CHUNK_BYTES // max(1, 24 * m * n))  # three of float64 at a time
-    for first in range(0, n_matrices, step):
-        part = slice(first, first + step)
-        left, before = weights[part].double(), 0
-        vectors = basis.vectors[part]
-        # what was dropped is orthogonal to the next segment, whose product with what is left is
-        # the one with the weights
+    tall = _tall(weights)
+    for matrices, rows in _chunks(tall):
+        # a copy always: float64 weights would be worked on in place
+        left = tall[matrices, rows].to(torch.float64, copy=True)
+        vectors = basis.vectors[matrices, :, :most]
+        along, before = left @ vectors, 0
         for count, result in results.items():
             if count > before:
-                segment = vectors[:, :, before:count]
-                if n <= m:
-                    left = torch.baddbmm(left, left @ segment, segment.mT, alpha=-1)
-                else:
-                    left = torch.baddbmm(left, segment, segment.mT @ left, alpha=-1)
+                segment = slice(before, count)
+                left.baddbmm_(along[..., segment], vectors[..., segment].mT, alpha=-1)
                 before = count
-            result[part] = left
+            _tall(result)[matrices, rows] = left
     return [results[count] for count in counts]
 
 
+def _tall(weights: Tensor) -> Tensor:
+    """(N, max(m, n), r), a view: the vectors of a basis multiply it from the right."""
+    return weights if weights.shape[-1] <= weights.shape[-2] else weights.mT
+
+
+def _chunks(tall: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Matrices, and rows of them, to work on at a time."""
+    n_matrices, rows, columns = tall.shape
+    limit = _CHUNK_BYTES["cpu" if tall.device.type == "cpu" else "other"] // 8  # numbers
+    some = max(1, limit // max(1, rows * columns))
+    height = rows if some > 1 else min(rows, max(1, limit // max(1, columns)))
+    for first in range(0, n_matrices, some):
+        for row in range(0, rows, max(1, height)):
+            yield slice(first, first + some), slice(row, row + height)
+
+
+def _by_svd(weights: Tensor) -> TailBasis:
+    wide = weights.double()
+    _check_finite(wide)
+    triangle = _tall(wide)
+    if triangle.shape[1] > triangle.shape[2]:
+        triangle = torch.linalg.qr(triangle, mode="r").R
+    _, s, vectors = torch.linalg.svd(triangle, full_matrices=False)
+    return TailBasis(s.square().flip(-1), vectors.mT.flip(-1))
+
+
+def _check_finite(values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("weights: values must be finite, found NaN or Inf, or squares of 1e308")
+
+
 def _gram(weights: Tensor) -> Tensor:
-    """(N, r, r) float64: W'W or WW', whichever is smaller."""
+    """(N, r, r) float64: W'W or WW', whichever is smaller; on the CPU its lower triangle at least,
+    which is all that eigh reads."""
     n_matrices, m, n = weights.shape
     r = min(m, n)
-    gram = torch.empty((n_matrices, r, r), dtype=torch.float64, device=weights.device)
-    step = max(1, _CHUNK_BYTES // max(1, 8 * m * n))
+    gram = torch.zeros((n_matrices, r, r), dtype=torch.float64, device=weights.device)
+    on_cpu = weights.device.type == "cpu"
+    width = max(1, -(-r // _GRAM_BLOCKS) if on_cpu and r > 64 else r)
+    step = max(1, _CHUNK_BYTES["other"] // max(1, 8 * m * n)) if not on_cpu else 1
     for first in range(0, n_matrices, step):
-        part = weights[first : first + step].double()
-        product = part.mT @ part if n <= m else part @ part.mT
-        gram[first : first + step] = product
+        tall = _tall(weights[first : first + step]).double()
+        for column in range(0, r, width):
+            below, block = slice(column, r), slice(column, column + width)
+            gram[first : first + step, below, block] = tall[..., below].mT @ tall[..., block]
     return gram
 
 

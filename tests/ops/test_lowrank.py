@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastood.ops import lowrank
-from fastood.ops.lowrank import drop_tails, tail_basis
+from fastood.ops.lowrank import drop_tails, resolution, solver_of, tail_basis
 from tests import tolerances
 
 SHAPES = [(3, 40, 24), (2, 24, 40), (1, 17, 17), (4, 1, 9), (2, 9, 1)]
@@ -84,6 +84,50 @@ def test_weak_and_strong_directions_do_not_mix():
         assert abs(lost - float(s[6 - dropped :].norm())) <= 1e-9 * max(lost, 1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 40, 24), (2, 24, 40), (1, 17, 17), (2, 1, 9), (2, 200, 130)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_solvers_agree(shape, dtype):
+    w = weights(*shape, dtype=dtype)
+    gram, svd = tail_basis(w, solver="torch"), tail_basis(w, solver="svd")
+    torch.testing.assert_close(gram.values, svd.values, rtol=1e-10, atol=0)
+    counts = [0, 1, min(shape[1:]) // 3, min(shape[1:])]
+    for a, b in zip(drop_tails(w, gram, counts), drop_tails(w, svd, counts), strict=True):
+        assert error(a, b.double(), w) <= 1e-7
+
+
+def test_each_dtype_has_the_solver_that_resolves_it():
+    """A float64 matrix has directions that vanish in a Gram matrix."""
+    g = torch.Generator().manual_seed(3)
+    u = torch.linalg.qr(torch.randn(30, 5, generator=g, dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(5, 5, generator=g, dtype=torch.float64))[0]
+    s = torch.logspace(0, -12, 5, dtype=torch.float64)
+    w = (u * s @ v.T)[None]
+    assert solver_of(w) == "svd" and solver_of(w.float()) == solver_of(w.bfloat16()) == "gram"
+    found = tail_basis(w).values.sqrt()[0].flip(0)
+    torch.testing.assert_close(found, s, rtol=1e-3, atol=0)
+    assert float(s[-1]) > resolution(w) and float(s[-1]) < resolution(w.float())
+
+
+def test_another_order_of_directions_is_another_part():
+    """The strongest first, as many as are needed: what is left is the weak ones."""
+    w = weights(2, 20, 12)
+    basis = tail_basis(w)
+    strongest = basis._replace(vectors=basis.vectors.flip(-1)[..., :5])
+    for count, got in zip([2, 5], drop_tails(w, strongest, [2, 5]), strict=True):
+        assert error(got, w.double() - without(w, 12 - count), w) <= tolerances.LOW_RANK_RTOL
+    with pytest.raises(ValueError, match="basis: expected vectors"):
+        drop_tails(w, strongest, [6])
+
+
+def test_weights_are_left_as_they_are():
+    """Also those that need no conversion to float64."""
+    for shape in ((2, 20, 12), (2, 12, 20), (1, 8, 8)):
+        w = weights(*shape, dtype=torch.float64)
+        before = w.clone()
+        drop_tails(w, tail_basis(w), [0, 3, 8])
+        assert torch.equal(w, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_keep_theirs(dtype):
     w = weights(2, 16, 8, dtype=dtype)
@@ -96,7 +140,7 @@ def test_chunks_change_nothing(monkeypatch):
     w = weights(5, 12, 7)
     basis = tail_basis(w)
     whole = drop_tails(w, basis, [2, 4])
-    monkeypatch.setattr(lowrank, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(lowrank, "_CHUNK_BYTES", {"cpu": 8 * 7 * 5, "other": 1})
     pieces = tail_basis(w)
     torch.testing.assert_close(pieces.values, basis.values)
     for a, b in zip(drop_tails(w, basis, [2, 4]), whole, strict=True):
@@ -122,6 +166,12 @@ def test_what_does_not_fit_is_named():
         tail_basis(torch.ones(1, 2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="weights: values must be finite"):
         tail_basis(torch.full((1, 2, 2), float("nan")))
+    for solver in ("torch", "svd"):
+        for bad in (float("nan"), float("inf")):
+            spoilt = weights(2, 6, 4)
+            spoilt[1, 5, 3] = bad
+            with pytest.raises(ValueError, match="weights: values must be finite"):
+                tail_basis(spoilt, solver=solver)
     with pytest.raises(ValueError, match=r"counts: expected 0 <= count <= min\(m, n\) = 4, got 5"):
         drop_tails(w, basis, [1, 5])
     with pytest.raises(ValueError, match="basis: expected vectors"):
