@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fastood.data.openai_templates import IMAGENET_80
 from fastood.data.prompts import fill
 from fastood.features.text import clear_text_memory, encode_classes
+from fastood.prompts.forest import common_beginnings
 from tests.models import tiny
 from tests.prompts.towers import hf_encoder, open_clip_encoder, relative
 from tests.tolerances import FEATURE_ATOL, PROMPT_F64_RTOL
@@ -72,3 +73,35 @@ def test_long_lists_run_in_parts(monkeypatch):
     whole = encoder.encode_text(prompts)
     monkeypatch.setattr(packed, "INFERENCE_TOKENS", 40)
     assert relative(encoder.encode_text(prompts), whole) < PROMPT_F64_RTOL
+
+
+def run_tokens(prompts, groups) -> int:
+    total = 0
+    for rows in groups:
+        some = [prompts[i] for i in rows]
+        shortest = min(map(len, some)) - 1
+        alike = [all(p[j] == some[0][j] for p in some) for j in range(shortest)]
+        shared = alike.index(False) if False in alike else shortest
+        total += shared + sum(len(p) - shared for p in some)
+    return total
+
+
+def test_prompts_are_grouped_by_what_they_begin_with():
+    lists = {
+        "ensemble": [fill(t, n) for t in IMAGENET_80 for n in NAMES],
+        "two templates": [fill(t, n) for n in NAMES for t in ("a photo of a {}.", "{} in snow")],
+        "one": ["a photo of a cat"],
+        "nothing in common": ["cat", "dog", "hen"],
+    }
+    for what, texts in lists.items():
+        tokens = tiny.TOKENIZER(texts)
+        prompts = [tuple(r[: r.index(49407) + 1]) for r in tokens.tolist()]
+        groups = common_beginnings(prompts)
+        assert sorted(i for rows in groups for i in rows) == list(range(len(prompts))), what
+        together = run_tokens(prompts, groups)
+        assert together <= run_tokens(prompts, [list(range(len(prompts)))]), what
+        if what == "ensemble":
+            by_template = [list(range(i, i + 4)) for i in range(0, len(texts), 4)]
+            assert together <= run_tokens(prompts, by_template) + 8 * 80
+        if what == "two templates":
+            assert sorted(map(sorted, groups)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
