@@ -310,9 +310,6 @@ def _caller() -> int:
     return level
 
 
-_ends_of = end_of_text
-
-
 def _before_padding(tokens: Tensor) -> Tensor:
     """(N,) where the repeats of the last id begin, for towers whose end of text is not known."""
     differs = tokens != tokens[:, -1:]
