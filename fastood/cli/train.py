@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,9 +185,15 @@ def train(
         show.print_json({"file": str(done.file), **done.history.as_dict()})
         return
     for line in done.history.notes:
-        show.note(line)
+        warnings.warn(line, RuntimeWarning, stacklevel=1)  # shown once, also if it was before
     show.line(f"adaptation: {done.file}")
-    show.line(f"use it: fastood eval --model {model} --adapt {done.file} --id ... --ood ...")
+    words = ["--model", model]
+    for option, value in (("pretrained", pretrained), ("checkpoint", checkpoint)):
+        words += [] if value is None else [f"--{option}", value]
+    words += [] if dtype == "float32" else ["--dtype", dtype]
+    for file in (*(adapt or ()), done.file):
+        words += ["--adapt", str(file)]
+    show.line(f"use it: fastood eval {shlex.join(words)} --id ... --ood ...")
 
 
 def _method(text: str) -> tuple[str, dict[str, Any]]:
@@ -282,4 +290,5 @@ def _steps(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
     try:
         yield update
     finally:
-        bar.stop()
+        if task is not None:
+            bar.stop()

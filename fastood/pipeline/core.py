@@ -116,6 +116,7 @@ class Pipeline:
         if isinstance(adapt, (str, os.PathLike)):
             raise TypeError(f"adapt: expected a list of files, got {adapt!r}")
         self.adaptations: tuple[Mapping[str, Any], ...] = ()
+        self._loaded = None if encoder is None else encoder.name  # before adaptations rename it
         if adapt:
             encoder, head, class_names = self._adapted(encoder, class_names, head, text, adapt)
         self.encoder, self.cache, self.progress = encoder, cache, progress
@@ -314,7 +315,7 @@ class Pipeline:
     def recipe(self) -> dict[str, Any]:
         """Model, classes and templates by name, as a saved threshold keeps them."""
         return {
-            "model": None if self.encoder is None else self.encoder.name,
+            "model": self._loaded,
             "class_names": list(self.class_names),
             "templates": list(self.templates),
             "adapt": [str(Path(made["file"]).absolute()) for made in self.adaptations],

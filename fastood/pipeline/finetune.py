@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,13 @@ import torch
 
 from fastood.data.classes import plain_name
 from fastood.data.imageset import ImageSet
+from fastood.data.paths import path_text
 from fastood.errors import DataError, ModelError
 from fastood.features.featureset import FeatureSet
+from fastood.pipeline.output import OutputFolder
+from fastood.scores.inputs import check_count
 from fastood.tuning.augment import CLIP_TRAIN, TIP_VIEWS
+from fastood.tuning.checkpoint import differences
 from fastood.tuning.fewshot import few_shot
 from fastood.tuning.history import History, Progress
 from fastood.tuning.live import LiveImages
@@ -25,7 +31,7 @@ from fastood.tuning.method import Method, check_settings, setting_names
 from fastood.tuning.parallel import World
 from fastood.tuning.recipes import Recipe, epochs_of_coop
 from fastood.tuning.registry import method_class
-from fastood.tuning.state import save_method
+from fastood.tuning.state import read_header, save_method
 from fastood.tuning.tip import TipAdapter
 from fastood.tuning.views import FeatureData, FeatureViews, TrainingData
 
@@ -107,9 +113,12 @@ def fine_tune(
     Raises:
         ValueError: unknown method, setting or recipe field; classes without images or with fewer
             than ``shots``; ``select="validation"`` without validation images.
+        DataError: a class of which no image can be read; ``out`` cannot be written, or holds the
+            result of something else.
         DataError, ModelError, TrainingError: as ``fastood.tuning.train``.
     """
     kind = method_class(method)
+    seed = check_count("seed", seed, 0, 2**63 - 1)
     chosen = _settings(kind, settings or {}, seed)
     changed = recipe_of(kind, shots=shots, dataset=images.name, **(recipe or {}))
     if views < 0:
@@ -120,12 +129,17 @@ def fine_tune(
             f"{images.name}: expected class names with the images (folders named after classes), "
             "or class_names"
         )
+    if class_names is not None and isinstance(images, FeatureSet) and images.class_names is None:
+        images = dataclasses.replace(images, class_names=names)  # labels index what was given
     images = few_shot(with_classes(images, names), shots, seed, class_names=names)
     held = None if validation is None else with_classes(validation, names)
     if held is not None and held.name == images.name:
         held = dataclasses.replace(held, name=f"{held.name}, validation")
     _refuse_features(kind, images, held)
     world = World.from_environment()
+    folder = None if out is None else Path(out)
+    if folder is not None and world.rank == 0:
+        OutputFolder(folder)  # refuses one that cannot be written, before the work
     built = kind.build(encoder, names, **chosen)
     built.world = world
 
@@ -139,21 +153,30 @@ def fine_tune(
     }
     data = _training(encoder, kind, images, names, views, seed, options)
     checking = _validation(encoder, kind, held, names, options)
-    folder = None if out is None else Path(out)
-    history = train(
-        built,
-        data,
-        recipe=changed,
-        seed=seed,
-        out=folder,
-        validation=checking,
-        select=select if changed.epochs else "last",
-        resume=resume and folder is not None and (folder / CHECKPOINT).exists(),
-        amp=amp,
-        tensorboard=tensorboard,
-        progress=progress,
-        log=log,
-    )
+    notes = _unreadable(data, images, names)
+    if folder is not None:
+        _refuse_other(folder, built, data, trains=changed.epochs > 0)
+    try:
+        history = train(
+            built,
+            data,
+            recipe=changed,
+            seed=seed,
+            out=folder,
+            validation=checking,
+            select=select if changed.epochs else "last",
+            resume=resume and folder is not None and (folder / CHECKPOINT).exists(),
+            amp=amp,
+            tensorboard=tensorboard,
+            progress=progress,
+            log=log,
+        )
+    finally:
+        for given in (data, checking):
+            if isinstance(given, LiveImages):
+                given.close()
+    for line in notes:
+        history.note(line)
     if isinstance(built, TipAdapter) and checking is not None:
         found = built.choose(_all(checking), checking.labels, dataset=images.name)
         history.note(
@@ -297,6 +320,70 @@ def _validation(
             workers=options["workers"],
         )
     return FeatureViews.encode(encoder, images, views=1, class_names=names, **options)
+
+
+def _unreadable(data: TrainingData, images: Given, names: Sequence[str]) -> list[str]:
+    """Say which images were left out; refuse if nothing is left of a class."""
+    left = set(data.labels.tolist())
+    lost = [name for k, name in enumerate(names) if k not in left]
+    if lost:
+        raise DataError(
+            f"{images.name}: no image of {', '.join(lost[:5])}{', ...' * (len(lost) > 5)} can be "
+            "read; replace the files or remove the classes"
+        )
+    skipped = data.describe().get("skipped")
+    if not skipped:
+        return []
+    path, reason = skipped[0]
+    line = (
+        f"{images.name}: {len(skipped)} of {len(images)} training images cannot be read and are "
+        f"left out (first {path}: {reason})"
+    )
+    warnings.warn(line, RuntimeWarning, stacklevel=3)
+    return [line]
+
+
+def _refuse_other(folder: Path, built: Method, data: TrainingData, *, trains: bool) -> None:
+    """Never replace the adaptation of something else.
+
+    A run with epochs has a state, which ``train`` compares; this is for those without.
+    """
+    file = folder / ADAPTATION
+    if not file.exists() or (trains and (folder / CHECKPOINT).exists()):
+        return
+    found = read_header(file)
+    saved_data = found.training.get("data", {}).get("training", {})
+    saved = {
+        "method": found.method,
+        "settings": _asked(found.settings),
+        "class_names": list(found.class_names),
+        "encoder": found.encoder["fingerprint"],
+        "data": saved_data.get("digest"),
+    }
+    now = {
+        "method": built.name,
+        "settings": json.loads(json.dumps(_asked(built.settings()))),
+        "class_names": list(built.class_names),
+        "encoder": built.encoder.fingerprint,
+        "data": data.digest,
+    }
+    if found.method != built.name:  # the settings of two methods have nothing in common
+        saved, now = {"method": found.method}, {"method": built.name}
+    changed = differences(saved, now)
+    if changed:
+        raise DataError(
+            f"{path_text(file)}: holds the result of something else ({'; '.join(changed)}); choose "
+            "another folder, or start again (fastood train --overwrite)"
+        )
+
+
+def _asked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they were before any was chosen on validation data."""
+    found = dict(settings)
+    chosen = found.pop("chosen", None)
+    if chosen:
+        found["alpha"], found["beta"] = chosen["initial"]
+    return found
 
 
 def _all(data: TrainingData) -> torch.Tensor:

@@ -56,7 +56,7 @@ def prompt_encoder(
         if n_ctx is not None and n_ctx != tokens:
             raise ValueError(
                 f"n_ctx: expected {tokens}, the number of tokens of ctx_init {ctx_init!r}, got "
-                f"{n_ctx}; give only one of them"
+                f"{n_ctx}; give only one of them (ctx_init=None starts from random vectors)"
             )
         n_ctx = tokens
     module = encoder.text_module()
@@ -82,7 +82,7 @@ def initial_context(prompts: PromptEncoder, *, ctx_init: str | None, seed: int) 
     shape: tuple[int, ...] = (layout.n_ctx, prompts.width)
     if layout.class_specific:
         shape = (len(layout), *shape)
-    seed = check_count("seed", seed, 0, None)
+    seed = check_count("seed", seed, 0, 2**63 - 1)
     if ctx_init is None:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(shape, generator=generator) * _STD

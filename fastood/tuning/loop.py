@@ -88,6 +88,7 @@ def train(
     if out is not None:
         run.out = Path(out)
     if recipe.epochs == 0:
+        run.warn_overlap()  # validation may choose settings, as Tip-Adapter's alpha and beta
         method.prepare(data)
         run.history.finished = True
         return run.history

@@ -75,6 +75,8 @@ class CoOp(Method):
         seed: int = 1,
         chunk: int | None = None,
     ) -> None:
+        if not isinstance(class_specific, bool):
+            raise ValueError(f"class_specific: expected True or False, got {class_specific!r}")
         super().__init__(encoder, class_names, {})
         self.prompts = prompt_encoder(
             encoder,

@@ -139,8 +139,8 @@ class Run:
         self.history.environment["device"] = str(self.stepper.device)
         if found is not None:
             self._restore(found)
-        elif self.validation is not None:
-            self._warn_overlap(self.validation)
+        else:
+            self.warn_overlap()
         world.barrier()  # nobody writes before everybody has read
 
     def note(self, text: str) -> None:
@@ -378,7 +378,11 @@ class Run:
         self.at = At(state["epoch"], state["step"], dict(state["sums"]), state["best"])
         self.say(f"resumed at epoch {self.at.epoch + 1}, step {self.at.step + 1}")
 
-    def _warn_overlap(self, validation: TrainingData) -> None:
+    def warn_overlap(self) -> None:
+        """Note validation images that are training images too."""
+        validation = self.validation
+        if validation is None:
+            return
         shared = overlap(self.data, validation) if self.rank == 0 else []
         if shared:
             more = "" if len(shared) <= 5 else f" and {len(shared) - 5} more"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ def fixed_text(
     from fastood.features.text import encode_classes
 
     found = encode_classes(encoder, words, templates=templates, allow_duplicates=True)
+    for note in found.warnings:  # names cut at the token window, words without meaning
+        warnings.warn(note, RuntimeWarning, stacklevel=3)
     text = found.features.to(dtype)
     # float32 rows have unit norm to float32's rounding only
     return unit_rows(text) if dtype == torch.float64 else text
