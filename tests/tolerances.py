@@ -42,6 +42,17 @@ FLAT_MOMENTS_RTOL = 5e-5
 # to the weights'. Worst seen: 3e-8, the rounding of the result to float32 (x86-64 CPU).
 LOW_RANK_RTOL = 1e-5
 
+# The same for float64 weights: singular vectors off by rounding over the distance to neighbours.
+# Worst seen: 1.4e-13 (x86-64 CPU).
+LOW_RANK64_RTOL = 1e-12
+
+# What is left plus the factors of what was dropped, relative to the weights: the rounding of what
+# is left to float32. Worst seen: 2.6e-8.
+LOW_RANK_REST_RTOL = 1e-7
+
+# Scalar products of singular vectors in float64. Worst seen: 2e-15.
+ORTHONORMAL64_ATOL = 1e-13
+
 # How much the errors of a few rows by a GPU kernel may exceed those of eager rows rounded to the
 # same numbers: the roundings differ, and the largest of a dozen may be small by luck. Worst seen:
 # 1.2 (bfloat16, 12 images).

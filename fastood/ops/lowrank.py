@@ -20,7 +20,7 @@ from fastood.errors import BuildError
 from fastood.ops import loader
 from fastood.ops.cudalib import Library
 
-__all__ = ["TailBasis", "drop_tails", "resolution", "solver_of", "tail_basis"]
+__all__ = ["TailBasis", "check_finite", "drop_tails", "resolution", "solver_of", "tail_basis"]
 
 _CHUNK_BYTES = {"cpu": 3 << 19, "other": 1 << 28}
 """Float64 numbers of weights worked on at a time. On the CPU they stay in the cache of a core while
@@ -92,7 +92,7 @@ def tail_basis(weights: Tensor, *, solver: str | None = None) -> TailBasis:
         return _by_svd(weights)
     gram = _gram(weights)
     # the diagonal has the squared norms: whatever is not finite shows there
-    _check_finite(gram.diagonal(dim1=-2, dim2=-1))
+    check_finite(gram.diagonal(dim1=-2, dim2=-1))
     if solver == "torch" or gram.numel() == 0 or (solver is None and not gram.is_cuda):
         return TailBasis(*torch.linalg.eigh(gram))
     if not gram.is_cuda:
@@ -179,7 +179,7 @@ def _chunks(tall: Tensor) -> Iterator[tuple[slice, slice]]:
 
 def _by_svd(weights: Tensor) -> TailBasis:
     wide = weights.double()
-    _check_finite(wide)
+    check_finite(wide)
     triangle = _tall(wide)
     if triangle.shape[1] > triangle.shape[2]:
         triangle = torch.linalg.qr(triangle, mode="r").R
@@ -187,7 +187,8 @@ def _by_svd(weights: Tensor) -> TailBasis:
     return TailBasis(s.square().flip(-1), vectors.mT.flip(-1))
 
 
-def _check_finite(values: Tensor) -> None:
+def check_finite(values: Tensor) -> None:
+    """Refuse weights, or their squares in float64, with NaN or Inf."""
     if not bool(torch.isfinite(values).all()):
         raise ValueError("weights: values must be finite, found NaN or Inf, or squares of 1e308")
 
