@@ -119,7 +119,7 @@ def train(
     count = _shots(shots)
     if select not in ("last", "validation"):
         raise ValueError(f"--select: expected 'last' or 'validation', got {select!r}")
-    if select == "validation" and val is None:
+    if select == "validation" and val is None and not _drawn(id):
         raise ValueError("--select validation: expected validation images, got none; give --val")
     kind = method_class(name)
     check_settings(kind, settings)
@@ -190,6 +190,7 @@ def train(
     words = ["--model", model]
     for option, value in (("pretrained", pretrained), ("checkpoint", checkpoint)):
         words += [] if value is None else [f"--{option}", value]
+    words += ["--allow-pickle"] * allow_pickle
     words += [] if dtype == "float32" else ["--dtype", dtype]
     for file in (*(adapt or ()), done.file):
         words += ["--adapt", str(file)]

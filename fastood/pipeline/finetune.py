@@ -89,7 +89,7 @@ def fine_tune(
     """Adapt ``encoder`` to the classes of ``images`` by one of the methods of ``METHODS``.
 
     Args:
-        encoder: the network; it is not changed.
+        encoder: the network; its weights stay as they are (and are frozen).
         method: ``"coop"``, ``"cocoop"``, ``"locoop"``, ``"ebm"``, ``"tip"``, ``"tip-f"``,
             ``"clip-adapter"``, ``"lora"``, ``"zoclip"``.
         images: labelled training images, or features of them.
@@ -111,6 +111,7 @@ def fine_tune(
     Returns:
         The trained method, its history and file.
     Raises:
+        TypeError: images that are no image or feature set.
         ValueError: unknown method, setting or recipe field; classes without images or with fewer
             than ``shots``; ``select="validation"`` without validation images.
         DataError: a class of which no image can be read; ``out`` cannot be written, or holds the
@@ -118,11 +119,11 @@ def fine_tune(
         DataError, ModelError, TrainingError: as ``fastood.tuning.train``.
     """
     kind = method_class(method)
+    _check_types(images, validation, class_names)
+    views = check_count("views", views, 0, None)
     seed = check_count("seed", seed, 0, 2**63 - 1)
     chosen = _settings(kind, settings or {}, seed)
     changed = recipe_of(kind, shots=shots, dataset=images.name, **(recipe or {}))
-    if views < 0:
-        raise ValueError(f"views: expected 0 (fresh augmentation) or more, got {views}")
     names = tuple(class_names if class_names is not None else images.class_names or ())
     if not names:
         raise ValueError(
@@ -247,6 +248,19 @@ def with_classes(given: Given, names: Sequence[str]) -> Given:
     if labels is not None:
         labels = np.where(labels < 0, -1, index[np.maximum(labels, 0)])
     return dataclasses.replace(given, labels=labels, class_names=tuple(names))
+
+
+def _check_types(images: Any, validation: Any, class_names: Any) -> None:
+    for what, given in (("images", images), ("validation", validation)):
+        if not isinstance(given, (ImageSet, FeatureSet)) and (
+            given is not None or what == "images"
+        ):
+            raise TypeError(
+                f"{what}: expected an ImageSet (load_images) or a FeatureSet (load_features), got "
+                f"{type(given).__name__}"
+            )
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names: expected a list of names, got the text {class_names!r}")
 
 
 def _settings(kind: type[Method], settings: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -153,6 +153,28 @@ def test_bad_input_is_one_line_before_any_work(fit, method, words, says):
     assert done.err.count("error:") == 1
 
 
+def test_a_threshold_of_changed_towers_is_used_again(fit, fastood, photos, cache):
+    done = fit("lora:rank=1", "--epochs", 1, "--shots", 1, "--dtype", "float64")
+    assert done.code == 0, done.error
+    assert "--dtype float64 --adapt" in done.out
+    threshold = fit.folder / "threshold.json"
+    made = fastood(
+        "calibrate", *TINY, "--adapt", adaptation(fit), "--id", photos.calibration,
+        "--cache", cache, "--out", threshold, "--dtype", "float64",
+    )  # fmt: skip
+    assert made.code == 0, made.error
+    words = ["--threshold", threshold, "--cache", cache, "-q", "--dtype", "float64"]
+    used = fastood("score", photos.near, *words)
+    assert used.code == 0, used.error
+    assert "images are out of distribution" in used.out
+
+
+def test_notes_are_shown_once(fit, fastood, photos):
+    done = fit("tip", "--val", photos.calibration)
+    assert done.code == 0, done.error
+    assert done.err.count("validation images are training images too") == 1
+
+
 def test_other_classes_are_refused_with_both_sides(fit, fastood, photos, tmp_path):
     assert fit("tip").code == 0
     strange = tmp_path / "strange"

@@ -143,3 +143,17 @@ def test_a_recipe_names_the_model_that_can_be_loaded(model, photos, tmp_path):
     pipeline = fastood.Pipeline(model, CLASSES, methods=["mcm"], adapt=[done.file])
     assert pipeline.encoder.name != model.name
     assert pipeline.recipe()["model"] == model.name
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "says"),
+    [
+        ({"validation": "folder"}, TypeError, "validation: expected an ImageSet .* got str"),
+        ({"class_names": "abc"}, TypeError, "class_names: expected a list of names"),
+        ({"views": -1}, ValueError, "views: expected 0 <= views, got -1"),
+        ({"views": 1.5}, ValueError, "views: expected an integer"),
+    ],
+)
+def test_arguments_of_another_kind(model, photos, changed, error, says):
+    with pytest.raises(error, match=says):
+        fit(model, "coop", images(photos), **changed)
