@@ -158,7 +158,11 @@ def drop_tails(weights: Tensor, basis: TailBasis, counts: Sequence[int]) -> list
                 left.baddbmm_(along[..., segment], vectors[..., segment].mT, alpha=-1)
                 before = count
             _tall(result)[matrices, rows] = left
-    return [results[count] for count in counts]
+    # a result of its own for counts that were asked for twice
+    return [
+        results[count].clone() if count in counts[:i] else results[count]
+        for i, count in enumerate(counts)
+    ]
 
 
 def _tall(weights: Tensor) -> Tensor:

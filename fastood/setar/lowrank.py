@@ -217,8 +217,7 @@ class LowRankBasis:
     def values(self) -> Tensor:
         """(N, size) float64 singular values, descending.
 
-        Those of float32 and shorter weights are right to about 1e-8 of the largest, those of
-        float64 weights to rounding.
+        Right to about 1e-8 of the largest; those of float64 weights on a CPU to rounding.
         """
         return self._one(self._basis.values.clamp_min(0).sqrt().flip(-1))
 
