@@ -150,11 +150,16 @@ def progress(*, quiet: bool) -> Iterator[Progress | None]:
     def update(done: int, total: int, name: str) -> None:
         from rich.markup import escape
 
+        if not tasks:  # a command that fails before leaves no empty line behind
+            bars.start()
         if name not in tasks:
             tasks[name] = bars.add_task(escape(name), total=total, rate="")
         task = bars.tasks[tasks[name]]
         speed = task.finished_speed or task.speed
         bars.update(tasks[name], completed=done, rate=f"{speed:.0f} img/s" if speed else "")
 
-    with bars:
+    try:
         yield update
+    finally:
+        if tasks:
+            bars.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -155,7 +155,9 @@ def train(
             )
         encoder = found.encoder
     first = world.rank == 0
-    with show.progress(quiet=quiet or not first) as bar, _steps(quiet or not first) as steps:
+    hidden = quiet or not first
+    with ExitStack() as encoding, _steps(hidden, encoding.close) as steps:
+        bar = encoding.enter_context(show.progress(quiet=hidden))
         done = fine_tune(
             encoder,
             name,
@@ -255,8 +257,11 @@ def _sets(
 
 
 @contextmanager
-def _steps(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """A bar over the steps of all epochs, with loss, accuracy and time left."""
+def _steps(quiet: bool, begin: Callable[[], None]) -> Iterator[Callable[[Progress], None] | None]:
+    """A bar over the steps of all epochs, with loss, accuracy and time left.
+
+    ``begin`` is called before it appears: two bars at a time would overwrite each other.
+    """
     if quiet:
         yield None
         return
@@ -284,6 +289,7 @@ def _steps(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
         }
         total = at.epochs * at.steps
         if task is None:
+            begin()
             task = bar.add_task("", total=total, **fields)
             bar.start()
         bar.update(task, completed=(at.epoch - 1) * at.steps + at.step, **fields)
