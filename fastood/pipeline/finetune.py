@@ -289,8 +289,8 @@ def _training(
     local = kind.needs == "local"
     if isinstance(images, FeatureSet):
         return FeatureData(images, names, local=local, device=encoder.device)
-    tip = issubclass(kind, TipAdapter) and kind.recipe.epochs == 0
-    augmentation = TIP_VIEWS if tip else CLIP_TRAIN
+    # Tip-Adapter-F too: it starts from the same keys
+    augmentation = TIP_VIEWS if issubclass(kind, TipAdapter) else CLIP_TRAIN
     if views == 0 or kind.needs == "pixels":
         return LiveImages(
             encoder,

@@ -104,10 +104,10 @@ class Augmentation:
 
 
 CLIP_TRAIN = Augmentation()
-"""CoOp, CoCoOp, LoCoOp, CLIP-Adapter, Tip-Adapter-F's training images: crop (.08, 1), flip."""
+"""CoOp, CoCoOp, LoCoOp, CLIP-Adapter: crop (.08, 1), flip."""
 
 TIP_VIEWS = Augmentation(scale=(0.5, 1.0))
-"""The views whose mean is a Tip-Adapter key: crop (.5, 1), flip."""
+"""The views whose mean is a Tip-Adapter key, Tip-Adapter-F's training images: crop (.5, 1), flip."""
 
 
 class Augmenter:

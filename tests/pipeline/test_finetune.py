@@ -157,3 +157,10 @@ def test_a_recipe_names_the_model_that_can_be_loaded(model, photos, tmp_path):
 def test_arguments_of_another_kind(model, photos, changed, error, says):
     with pytest.raises(error, match=says):
         fit(model, "coop", images(photos), **changed)
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_tip_adapter_f_starts_as_tip_adapter(model, photos, views):
+    tip = fit(model, "tip", images(photos), views=views)
+    trained = fit(model, "tip-f", images(photos), views=views, recipe={"epochs": 0})
+    assert torch.equal(trained.method.keys.detach(), tip.method.keys)
