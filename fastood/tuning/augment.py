@@ -107,7 +107,7 @@ CLIP_TRAIN = Augmentation()
 """CoOp, CoCoOp, LoCoOp, CLIP-Adapter: crop (.08, 1), flip."""
 
 TIP_VIEWS = Augmentation(scale=(0.5, 1.0))
-"""The views whose mean is a Tip-Adapter key, Tip-Adapter-F's training images: crop (.5, 1), flip."""
+"""Views whose mean is a Tip-Adapter key, Tip-Adapter-F's training images: crop (.5, 1), flip."""
 
 
 class Augmenter:
