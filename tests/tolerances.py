@@ -62,8 +62,9 @@ ROUNDING_LUCK = 2.0
 # to another tile's largest. Worst seen: 3e-7.
 GROUPED_CUT_RTOL = 1e-6
 
-# Losses along 20 SGD steps by shared-prefix text and fused losses against the plain algorithms with
-# full text passes; the figures demanded. Worst seen on the tiny CLIP: 5e-7 and 5e-15, losses 0 to 4.
+# Losses along 20 SGD steps by shared-prefix text and fused losses against the plain algorithms
+# with full text passes; the figures demanded. Worst seen on the tiny CLIP: 5e-7 and 5e-15, losses
+# of 0 to 4.
 TRAJECTORY_LOSS_ATOL = 1e-4
 TRAJECTORY_LOSS64_ATOL = 1e-9
 

@@ -134,10 +134,6 @@ def train(
             f"--id {id}: expected labelled images (a subfolder for each class), found no classes"
         )
     world = World.from_environment()
-    if overwrite and world.rank == 0:
-        for old in (CHECKPOINT, ADAPTATION):
-            (folder / old).unlink(missing_ok=True)
-    world.barrier()
     encoder = load_model(
         model,
         pretrained=pretrained,
@@ -155,6 +151,10 @@ def train(
             )
         encoder = found.encoder
     first = world.rank == 0
+    if overwrite and first:  # now that the model is there
+        for old in (CHECKPOINT, ADAPTATION):
+            (folder / old).unlink(missing_ok=True)
+    world.barrier()
     hidden = quiet or not first
     with ExitStack() as encoding, _steps(hidden, encoding.close) as steps:
         bar = encoding.enter_context(show.progress(quiet=hidden))

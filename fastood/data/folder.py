@@ -40,6 +40,7 @@ def load_folder(
     labels: list[int | None] = [None] * len(paths)
     names: tuple[str, ...] | None = None
     words = ["folder"]
+    empty: list[str] = []
     if group.folders is None:
         if class_names is not None:
             raise DataError(
@@ -74,7 +75,7 @@ def load_folder(
         words.append(f"split {path_text(group.split)}")
     words[0] += describe_classes(items)
     layout = "; ".join(words) + describe_others(found.others)
-    return ImageSet(name or set_name(root), where, items, names, layout)
+    return ImageSet(name or set_name(root), where, items, names, layout, tuple(empty))
 
 
 def set_name(root: Path) -> str:

@@ -40,6 +40,7 @@ class ImageSet:
         items: sorted by ``path``.
         class_names: as found on disk, or None.
         layout: what was recognised, in words ("folder with 47 class subfolders").
+        without_images: class folders in which there is no image.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ImageSet:
     items: tuple[ImageItem, ...]
     class_names: tuple[str, ...] | None = None
     layout: str = "folder"
+    without_images: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)

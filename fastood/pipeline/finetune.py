@@ -121,6 +121,11 @@ def fine_tune(
     kind = method_class(method)
     _check_types(images, validation, class_names)
     views = check_count("views", views, 0, None)
+    if views and kind.needs == "pixels":
+        raise ValueError(
+            f"views: {kind.name} trains the image tower, so features of views cannot be kept; "
+            f"expected 0, got {views}"
+        )
     seed = check_count("seed", seed, 0, 2**63 - 1)
     chosen = _settings(kind, settings or {}, seed)
     changed = recipe_of(kind, shots=shots, dataset=images.name, **(recipe or {}))
@@ -132,6 +137,11 @@ def fine_tune(
         )
     if class_names is not None and isinstance(images, FeatureSet) and images.class_names is None:
         images = dataclasses.replace(images, class_names=names)  # labels index what was given
+    if isinstance(images, ImageSet) and images.without_images:
+        raise ValueError(
+            f"{images.name}: classes without images: {', '.join(images.without_images[:10])}; add "
+            "images or remove the folders"
+        )
     images = few_shot(with_classes(images, names), shots, seed, class_names=names)
     held = None if validation is None else with_classes(validation, names)
     if held is not None and held.name == images.name:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -257,7 +258,10 @@ class _Prompts:
 
         self._encode = []
         for template in resolve_templates(templates):
-            tokens = encoder.tokenize([fill(template, word) for word in words])
+            prompts = [fill(template, word) for word in words]
+            for note in encoder.warn_prompts(prompts):  # names cut, words without meaning
+                warnings.warn(note, RuntimeWarning, stacklevel=4)
+            tokens = encoder.tokenize(prompts)
             module = encoder.text_module()
             if tokens is None or module is None:
                 raise ModelError(f"{encoder.name} has no text tower that takes tokens")

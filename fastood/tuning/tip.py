@@ -36,6 +36,7 @@ from fastood.tuning.inputs import labels_of
 from fastood.tuning.method import Batch, Method, Needs, Term
 from fastood.tuning.recipes import RECIPES, Recipe
 from fastood.tuning.tip_grid import GridResult, grid_maxima, published_grid, search
+from fastood.tuning.zero_shot import fixed_text
 
 __all__ = ["TipAdapter", "TipAdapterF", "TipHead", "cache_values", "published_alpha_beta"]
 
@@ -192,8 +193,6 @@ class TipAdapter(Method):
         views: int | None = None,
         chosen: Mapping[str, Any] | None = None,
     ) -> None:
-        from fastood.features.text import encode_classes
-
         alpha, beta = _not_negative("alpha", alpha), _not_negative("beta", beta)
         if scale not in ("cosine", "logit"):
             raise ValueError(f'scale: expected "cosine" or "logit", got {scale!r}')
@@ -212,8 +211,8 @@ class TipAdapter(Method):
                 "chosen": None if chosen is None else dict(chosen),
             },
         )
-        classes = encode_classes(encoder, self.words, templates=templates, allow_duplicates=True)
-        self.register_buffer("text", classes.features.to(self.dtype), persistent=False)
+        text = fixed_text(encoder, self.words, templates, self.dtype)
+        self.register_buffer("text", text, persistent=False)
         empty = self.text.new_empty(0, encoder.embed_dim)
         self.register_buffer("key_labels", torch.empty(0, dtype=torch.int64, device=empty.device))
         self._set_keys(empty)

@@ -23,8 +23,9 @@ def fit(fastood, photos, tmp_path, cache):
     """``fit("coop:n_ctx=2", "--epochs", 2)``: a short run on four photographs a class."""
 
     def run(method, *words, out="out"):
+        views = 0 if method.startswith("lora") else 1
         return fastood(
-            "train", method, *TINY, "--id", photos.calibration, "--shots", 4, "--views", 1,
+            "train", method, *TINY, "--id", photos.calibration, "--shots", 4, "--views", views,
             "--cache", cache, "--out", tmp_path / out, *words,
         )  # fmt: skip
 
@@ -144,6 +145,7 @@ def test_a_run_cut_short_ends_as_if_it_had_not_been(fit):
         ("coop", ["--select", "test"], "--select"),
         ("coop", ["--recipe", "speed=2"], "'speed'"),
         ("tip", ["--epochs", "2"], "trains nothing"),
+        ("lora", ["--views", "2"], "expected 0, got 2"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(fit, method, words, says):
@@ -190,6 +192,19 @@ def test_other_classes_are_refused_with_both_sides(fit, fastood, photos, tmp_pat
         "--bootstrap", 0,
     )  # fmt: skip
     assert part.code == 0, part.error
+
+
+def test_a_class_folder_without_images_is_named(fit, fastood, photos, tmp_path):
+    shutil.copytree(photos.calibration, tmp_path / "gap")
+    (tmp_path / "gap" / "hat").mkdir()
+    done = fit("tip", "--id", tmp_path / "gap")
+    assert done.code == 2 and "classes without images: hat" in done.error, done.error
+
+
+def test_overwrite_keeps_the_old_result_until_the_model_is_there(fit):
+    assert fit("tip").code == 0
+    assert fit("tip", "--overwrite", "--model", "no-such-model").code == 2
+    assert adaptation(fit).is_file()
 
 
 def test_a_file_that_is_none_of_ours(fastood, photos, tmp_path):
