@@ -22,10 +22,10 @@ from fastood.ops.cudalib import Library
 
 __all__ = ["TailBasis", "check_finite", "drop_tails", "resolution", "solver_of", "tail_basis"]
 
-_CHUNK_BYTES = {"cpu": 3 << 19, "other": 1 << 28}
+_CHUNK_BYTES = {"cpu": 3 << 20, "other": 1 << 28}
 """Float64 numbers of weights worked on at a time. On the CPU they stay in the cache of a core while
-one number of directions after the other is dropped: 1.4 times faster than all rows of a
-3072 x 768 matrix at once. A GPU has many cores to fill."""
+one number of directions after the other is dropped, and their memory is used again. A GPU has many
+cores to fill."""
 
 _GRAM_BLOCKS = 3
 """Column blocks of a Gram matrix on the CPU, of which the lower triangle is formed: two thirds of
@@ -45,12 +45,12 @@ class TailBasis(NamedTuple):
 def solver_of(weights: Tensor) -> Literal["gram", "svd"]:
     """How these weights are decomposed: by their Gram matrix in float64, or by a float64 SVD.
 
-    The Gram matrix is the faster one wherever it was measured, with one thread and with two: 768 x
-    768, 2048 x 512, 3072 x 768 and 4096 x 1024 take less than half the time of the best SVD (QR
-    first, then the SVD of the triangle; ``python -m bench.bench_lowrank`` measures them again). It
-    tells singular values apart down to 1.5e-8 of the largest. Float32 weights and shorter ones
-    are rounded more coarsely than that; float64 weights are not, so theirs are found by the SVD.
-    Not on a GPU, whose SVD takes a second or more for one matrix.
+    The Gram matrix is the faster one: 768 x 768, 512 x 2048, 768 x 3072 and 1024 x 4096 take 2.1,
+    2.4, 2.9 and 2.7 times as long by the best SVD (QR first, then the SVD of the triangle), one
+    thread, x86-64 with AVX-512; ``python -m bench.bench_lowrank`` measures them again. It tells
+    singular values apart down to 1.5e-8 of the largest. Float32 weights and shorter ones are
+    rounded more coarsely than that; float64 weights are not, so theirs are found by the SVD. Not on
+    a GPU, whose SVD takes a second or more for one matrix.
     """
     exact = weights.dtype == torch.float64 and weights.device.type == "cpu"
     return "svd" if exact else "gram"
@@ -155,7 +155,7 @@ def drop_tails(weights: Tensor, basis: TailBasis, counts: Sequence[int]) -> list
         for count, result in results.items():
             if count > before:
                 segment = slice(before, count)
-                left.baddbmm_(along[..., segment], vectors[..., segment].mT, alpha=-1)
+                _add(left, along[..., segment], vectors[..., segment].mT, alpha=-1)
                 before = count
             _tall(result)[matrices, rows] = left
     # a result of its own for counts that were asked for twice
@@ -181,6 +181,14 @@ def _chunks(tall: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(first, first + some), slice(row, row + height)
 
 
+def _add(sums: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> None:
+    """sums += alpha a b, matrix by matrix; a batch of one without copies of what has gaps."""
+    if len(sums) == 1:
+        sums[0].addmm_(a[0], b[0], alpha=alpha)
+    else:
+        sums.baddbmm_(a, b, alpha=alpha)
+
+
 def _by_svd(weights: Tensor) -> TailBasis:
     wide = weights.double()
     check_finite(wide)
@@ -200,17 +208,16 @@ def check_finite(values: Tensor) -> None:
 def _gram(weights: Tensor) -> Tensor:
     """(N, r, r) float64: W'W or WW', whichever is smaller; on the CPU its lower triangle at least,
     which is all that eigh reads."""
-    n_matrices, m, n = weights.shape
-    r = min(m, n)
+    tall = _tall(weights)
+    n_matrices, _, r = tall.shape
     gram = torch.zeros((n_matrices, r, r), dtype=torch.float64, device=weights.device)
-    on_cpu = weights.device.type == "cpu"
-    width = max(1, -(-r // _GRAM_BLOCKS) if on_cpu and r > 64 else r)
-    step = max(1, _CHUNK_BYTES["other"] // max(1, 8 * m * n)) if not on_cpu else 1
-    for first in range(0, n_matrices, step):
-        tall = _tall(weights[first : first + step]).double()
+    blocks = _GRAM_BLOCKS if weights.device.type == "cpu" and r > 64 else 1
+    width = max(1, -(-r // blocks))
+    for matrices, rows in _chunks(tall):
+        some = tall[matrices, rows].double()
         for column in range(0, r, width):
             below, block = slice(column, r), slice(column, column + width)
-            gram[first : first + step, below, block] = tall[..., below].mT @ tall[..., block]
+            _add(gram[matrices, below, block], some[..., below].mT, some[..., block])
     return gram
 
 
