@@ -99,6 +99,12 @@ class HFEncoder(Encoder):
         self._context = int(text.max_position_embeddings)
         eos = getattr(text, "eos_token_id", None)
         self._eos = eos if isinstance(eos, int) else -1
+        probe = self.tokenize([TOKENIZER_PROBE])[0]
+        if int(probe.max()) >= text.vocab_size:
+            raise ModelError(
+                f"{name}: expected token ids below {text.vocab_size}, the size of the text tower's "
+                f"vocabulary, got {int(probe.max())}; is the tokenizer that of another model?"
+            )
         self._text = TextPass(model, self.encode_tokens, self._probe_prompts)
         self.text = TextSupport(self._context, self._text.usable)
         self._fingerprint = Fingerprint(
@@ -108,7 +114,7 @@ class HFEncoder(Encoder):
                 "kind": kind,
                 "image": _keep(vision),
                 "text": {**_keep(text), "eos_token_id": self._eos},
-                "tokens": self.tokenize([TOKENIZER_PROBE])[0].tolist(),
+                "tokens": probe.tolist(),
             },
         )
 

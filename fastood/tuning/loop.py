@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from fastood.tuning import checkpoint
 from fastood.tuning.history import History, Progress
 from fastood.tuning.log import Curves
@@ -96,7 +98,7 @@ def train(
     if run.rank == 0 and tensorboard and run.out is not None:
         run.curves = Curves(run.out / "tensorboard", start=run.at.epoch * run.steps + run.at.step)
     try:
-        with _interrupts(run):
+        with torch.enable_grad(), _interrupts(run):  # whatever the caller's mode
             run.go()
     except BaseException:
         run.rescue()

@@ -145,10 +145,12 @@ def find(
         present = [k for k in KINDS if any(m.kind == k for m in own)]
         missing = [k for k in wanted if k not in present]
         if missing:
-            has = ", ".join(present) if present else "no matrix that can be addressed"
+            if present:
+                has = f"it has {', '.join(present)}"
+            else:
+                has = f"only transformers' matrices can be addressed; leave towers={tower!r} out"
             raise ModelError(
-                f"the {tower} tower of {type(model).__name__} has no {', '.join(missing)}; "
-                f"it has {has}"
+                f"the {tower} tower of {type(model).__name__} has no {', '.join(missing)}; {has}"
             )
         depth = 1 + max((m.layer for m in own if m.layer is not None), default=-1)
         chosen = None if layers is None else _layers(layers, tower, depth)
