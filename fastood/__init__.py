@@ -143,6 +143,7 @@ _PACKAGES = (
     "reference",
     "report",
     "scores",
+    "setar",
     "tuning",
 )
 
