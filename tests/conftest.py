@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,16 @@ import torch
 if not torch.cuda.is_available():
     # before anything imports Triton: kernels then run on CPU tensors, as NumPy
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    # threads of several workers would take each other's cores and spin
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # as under nohup; what is interrupted here, and programs started here, must notice
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
