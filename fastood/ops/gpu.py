@@ -50,6 +50,8 @@ class _Kernels:
     """``kernels.rows`` is the module ``fastood.kernels.rows``, imported when it is first asked."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for by inspect, copy, doctest: nothing is imported for it
+            raise AttributeError(name)
         module = importlib.import_module(f"fastood.kernels.{name}")
         setattr(self, name, module)
         return module
