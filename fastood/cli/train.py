@@ -164,7 +164,7 @@ def train(
             images,
             class_names=names,
             settings=settings,
-            shots=None if _drawn(id) else count,
+            shots=count,  # of a CoOp split drawn already, that takes all there are
             seed=seed,
             validation=held,
             select=cast(Literal["last", "validation"], select),

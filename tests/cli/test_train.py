@@ -194,6 +194,26 @@ def test_other_classes_are_refused_with_both_sides(fit, fastood, photos, tmp_pat
     assert part.code == 0, part.error
 
 
+def test_shots_of_a_coop_split_decide_the_epochs_too(fit, photos, tmp_path, monkeypatch):
+    rows = {
+        part: [
+            [f.relative_to(photos.calibration).as_posix(), k, f.parent.name]
+            for k, folder in enumerate(sorted(photos.calibration.iterdir()))
+            for f in sorted(folder.iterdir())[: 3 * (number + 1)][-3:]
+        ]
+        for number, part in enumerate(("train", "val"))
+    }
+    file = photos.calibration.parent / "split_zhou_Photos.json"
+    file.write_text(
+        json.dumps({k: [[f"calibration/{p}", y, c] for p, y, c in v] for k, v in rows.items()})
+    )
+    monkeypatch.setattr("fastood.tuning.run.Run.go", lambda self: None)
+    done = fit("coop:n_ctx=2", "--id", file, "--shots", 1)
+    file.unlink()
+    assert done.code == 0, done.error
+    assert read_header(adaptation(fit)).training["settings"]["recipe"]["epochs"] == 50
+
+
 def test_a_class_folder_without_images_is_named(fit, fastood, photos, tmp_path):
     shutil.copytree(photos.calibration, tmp_path / "gap")
     (tmp_path / "gap" / "hat").mkdir()
