@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fastood.lazy import lazy_names
 from fastood.pipeline.core import Pipeline, ScoredSet
 from fastood.pipeline.evaluation import Evaluation
 
@@ -13,11 +13,5 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluation", "FineTuned", "Pipeline", "ScoredSet", "fine_tune"]
 
-
-def __getattr__(name: str) -> Any:
-    # training needs much that scoring does not: imported when asked for
-    if name not in ("FineTuned", "fine_tune"):
-        raise AttributeError(f"module 'fastood.pipeline' has no attribute {name!r}")
-    value = getattr(importlib.import_module("fastood.pipeline.finetune"), name)
-    globals()[name] = value
-    return value
+# training needs much that scoring does not: imported when asked for
+__getattr__ = lazy_names(__name__, {"finetune": ("FineTuned", "fine_tune")})

@@ -10,8 +10,9 @@ Names are loaded on first use.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastood.lazy import lazy_names
 
 if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same at run time
     from fastood.setar.lowrank import (
@@ -42,16 +43,7 @@ _MODULES = {
         "truncated_svd",
     ),
 }
-_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    module = _PUBLIC.get(name)
-    if module is None:
-        raise AttributeError(f"module 'fastood.setar' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"fastood.setar.{module}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

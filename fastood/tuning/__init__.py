@@ -10,8 +10,9 @@ data of your own. Names are loaded on first use.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastood.lazy import lazy_names
 
 if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same at run time
     from fastood.tuning.adaptation import Adapted, adapt
@@ -68,16 +69,7 @@ _MODULES = {
     "state": ("load_method", "read_header", "save_method"),
     "views": ("FeatureData", "FeatureViews"),
 }
-_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    module = _PUBLIC.get(name)
-    if module is None:
-        raise AttributeError(f"module 'fastood.tuning' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"fastood.tuning.{module}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

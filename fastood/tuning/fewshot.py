@@ -20,7 +20,15 @@ from fastood.data.paths import path_text
 from fastood.errors import DataError
 from fastood.features.featureset import FeatureChunk, FeatureSet
 
-__all__ = ["coop_split", "few_shot", "known_labels", "take_features", "take_images", "write_split"]
+__all__ = [
+    "coop_split",
+    "few_shot",
+    "known_labels",
+    "labels_and_names",
+    "take_features",
+    "take_images",
+    "write_split",
+]
 
 _VALIDATION_SHOTS = 4
 
@@ -208,6 +216,24 @@ def _local_rows(data: FeatureSet, rows: torch.Tensor) -> torch.Tensor:
         here = ((rows >= chunk.start) & (rows < chunk.start + len(chunk.image))).nonzero()[:, 0]
         out[here] = chunk.local[rows[here] - chunk.start]
     return out
+
+
+def labels_and_names(
+    data: ImageSet | FeatureSet, class_names: Sequence[str] | None
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Labels (n,) int64 and the names they index: ``class_names``, or those of ``data``.
+
+    Raises:
+        ValueError: as ``known_labels``; no names, or a label without one.
+    """
+    labels = torch.tensor(known_labels(data), dtype=torch.int64)
+    names = class_names if class_names is not None else data.class_names
+    if not names:
+        raise ValueError(f"{data.name}: has no class names; pass class_names")
+    largest = int(labels.max())
+    if largest >= len(names):
+        raise ValueError(f"{data.name}: label {largest} has no name, there are {len(names)} names")
+    return labels, tuple(names)
 
 
 def known_labels(data: ImageSet | FeatureSet) -> list[int]:

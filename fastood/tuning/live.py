@@ -18,7 +18,7 @@ from fastood.data.imageset import ImageSet
 from fastood.errors import DataError, ModelError
 from fastood.models.base import Encoder
 from fastood.tuning.augment import CLIP_TRAIN, Augmentation, Augmenter
-from fastood.tuning.fewshot import known_labels
+from fastood.tuning.fewshot import labels_and_names
 from fastood.tuning.method import Batch, Needs
 from fastood.tuning.views import file_contents
 
@@ -70,16 +70,7 @@ class LiveImages:
             raise ModelError(f"{encoder.name}: has no local features: {encoder.no_local}")
         self.encoder, self.images, self.needs = encoder, images, needs
         self.name, self.paths = images.name, tuple(item.path for item in images)
-        self.labels = torch.tensor(known_labels(images), dtype=torch.int64)
-        names = class_names if class_names is not None else images.class_names
-        if not names:
-            raise ValueError(f"{self.name}: has no class names; pass class_names")
-        self.class_names = tuple(names)
-        if int(self.labels.max()) >= len(self.class_names):
-            raise ValueError(
-                f"{self.name}: label {int(self.labels.max())} has no name, there are "
-                f"{len(self.class_names)} names"
-            )
+        self.labels, self.class_names = labels_and_names(images, class_names)
         self._augmenter = None
         if augmentation is not None:
             self._augmenter = Augmenter(encoder, augmentation, seed=seed)

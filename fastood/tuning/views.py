@@ -26,7 +26,7 @@ from fastood.features.featureset import FeatureSet
 from fastood.features.missing import count_missing
 from fastood.models.base import Encoder
 from fastood.tuning.augment import CLIP_TRAIN, Augmentation, Augmenter
-from fastood.tuning.fewshot import known_labels
+from fastood.tuning.fewshot import known_labels, labels_and_names
 from fastood.tuning.method import Batch
 from fastood.tuning.parallel import World
 from fastood.tuning.room import free_disk, free_memory, size_text
@@ -93,16 +93,7 @@ class FeatureData:
             raise ValueError("views: expected at least one feature set, got none")
         first = sets[0]
         self.name, self.paths = first.name, first.paths
-        self.labels = torch.tensor(known_labels(first), dtype=torch.int64)
-        names = class_names if class_names is not None else first.class_names
-        if not names:
-            raise ValueError(f"{self.name}: has no class names; pass class_names")
-        self.class_names = tuple(names)
-        if int(self.labels.max()) >= len(self.class_names):
-            raise ValueError(
-                f"{self.name}: label {int(self.labels.max())} has no name, there are "
-                f"{len(self.class_names)} names"
-            )
+        self.labels, self.class_names = labels_and_names(first, class_names)
         for number, other in enumerate(sets[1:], 1):
             if other.paths != first.paths or known_labels(other) != known_labels(first):
                 raise ValueError(
