@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastood.prompts.blocks import Block, as_block, layer_norm, linear
+from fastood.models.blocks import Block, as_block, layer_norm, linear
 
 __all__ = ["TextTower", "text_tower", "token_embedding"]
 

@@ -5,7 +5,6 @@ Source: arXiv 2106.09685; as a baseline of OOD detection arXiv 2406.12629 (SeTAR
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Iterable, Sequence
@@ -16,46 +15,19 @@ from torch import Tensor, nn
 
 from fastood.errors import ModelError
 from fastood.models.base import Encoder, ImageFeatures
+from fastood.models.copies import copy_encoder
+from fastood.models.matrices import Matrix, find
 from fastood.prompts.encoder import PromptEncoder
 from fastood.prompts.layout import fixed
 from fastood.prompts.tower import text_tower
 from fastood.scores.inputs import check_count, check_scalar, matmul_classes, unit_rows
 from fastood.tuning.locoop import locoop_terms
 from fastood.tuning.lowrank import Factors, attach, merge
-from fastood.tuning.matrices import Matrix, find
 from fastood.tuning.method import Batch, Method, Needs, Term
 from fastood.tuning.parts import classified, images_of, or_nothing
 from fastood.tuning.recipes import RECIPES, Recipe
 
-__all__ = ["LoRA", "copy_encoder"]
-
-
-def copy_encoder(encoder: Encoder, *, name: str | None = None) -> Encoder:
-    """An encoder of its own weights, equal to ``encoder`` now.
-
-    Raises:
-        ModelError: for anything but open_clip and Hugging Face models.
-    """
-    from fastood.models.hf import HFEncoder
-    from fastood.models.openclip import OpenClipEncoder
-
-    options: dict[str, Any] = {
-        "name": encoder.name if name is None else name,
-        "preprocess_id": encoder.preprocess_id,
-    }
-    # not a deep copy of the encoder: functions it holds would keep the first model's weights
-    if isinstance(encoder, OpenClipEncoder):
-        model = copy.deepcopy(encoder.model)
-        return OpenClipEncoder(
-            model, encoder.preprocess, encoder.tokenizer, warn=encoder._warn, **options
-        )
-    if isinstance(encoder, HFEncoder):
-        model = copy.deepcopy(encoder.model)
-        return HFEncoder(model, encoder.preprocess, encoder.tokenizer, **options)
-    raise ModelError(
-        f"{encoder.name}: LoRA changes the towers of open_clip and Hugging Face CLIPs, got a "
-        f"{type(encoder).__name__}"
-    )
+__all__ = ["LoRA"]
 
 
 class LoRA(Method):
@@ -67,7 +39,7 @@ class LoRA(Method):
     64 for ViT-L/14), alpha 8 (inferred: the 16 of their configuration is never passed on).
 
     Args:
-        kinds, towers, layers: which matrices, see ``fastood.tuning.matrices.find``.
+        kinds, towers, layers: which matrices, see ``fastood.models.matrices.find``.
         rank: r.
         alpha: updates are scaled by alpha / r.
         loss: ``"locoop"``, cross-entropy + weight · mean over OOD patches of Σ_k p_k log(p_k +

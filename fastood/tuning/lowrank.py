@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastood.tuning.matrices import Matrix
+from fastood.models.matrices import Matrix
 
 __all__ = ["Factors", "LowRank", "attach", "attached", "detach", "merge"]
 

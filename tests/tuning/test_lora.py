@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from fastood.errors import ModelError
 from fastood.models import CallableEncoder
 from fastood.models.base import Encoder
+from fastood.models.copies import copy_encoder
+from fastood.models.matrices import KINDS, list_matrices
 from fastood.tuning.locoop import locoop_loss
 from fastood.tuning.loop import train
-from fastood.tuning.lora import LoRA, copy_encoder
-from fastood.tuning.matrices import KINDS, list_matrices
+from fastood.tuning.lora import LoRA
 from fastood.tuning.method import Batch, total_loss
 from fastood.tuning.state import load_method, save_method
 from tests.models import tiny

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastood.tuning.lora import LoRA, copy_encoder
+from fastood.models.copies import copy_encoder
+from fastood.models.matrices import find
+from fastood.tuning.lora import LoRA
 from fastood.tuning.lowrank import attach, attached, detach, merge
-from fastood.tuning.matrices import find
 from tests.tuning.towers import NAMES, moved, open_clip_encoder
 
 

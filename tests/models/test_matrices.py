@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastood.errors import ModelError
-from fastood.tuning.matrices import KINDS, find, list_matrices
+from fastood.models.matrices import KINDS, find, list_matrices
 from tests.models import tiny
 
 BLOCK = ["q", "k", "v", "o", "up", "down"]

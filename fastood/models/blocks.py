@@ -65,13 +65,27 @@ class Block:
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Tokens (B, N, W) after the block, from what their heads (B, N, H, W/H) attended to."""
-        y = linear(attended.flatten(-2), self.out.weight, self.out.bias)
-        x = x + (y if self.gain_1 is None else y * self.gain_1())
+        return self.feed(self.join(x, self.mix(attended)))
+
+    def mix(self, attended: Tensor) -> Tensor:
+        """(B, N, W): what the heads (B, N, H, W/H) attended to, through the output layer."""
+        return linear(attended.flatten(-2), self.out.weight, self.out.bias)
+
+    def join(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Tokens between attention and MLP."""
+        return x + (mixed if self.gain_1 is None else mixed * self.gain_1())
+
+    def feed(self, x: Tensor) -> Tensor:
+        """Tokens after the MLP."""
         y = linear(layer_norm(self.norm_2, x), self.fc.weight, self.fc.bias)
-        y = linear(self._activate(y), self.proj.weight, self.proj.bias)
+        return self.leave(x, linear(self.activate(y), self.proj.weight, self.proj.bias))
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        """Tokens after the block, from those before its MLP and what that gave."""
         return x + (y if self.gain_2 is None else y * self.gain_2())
 
-    def _activate(self, y: Tensor) -> Tensor:
+    def activate(self, y: Tensor) -> Tensor:
+        """The MLP's activation."""
         if type(self.act).__name__ in _QUICK_GELU:
             # y sigmoid(1.702 y) by one function that keeps one tensor for backward, not two
             return F.silu(1.702 * y) * (1 / 1.702)

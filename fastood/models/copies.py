@@ -1,0 +1,39 @@
+"""Encoders with weights of their own, for whoever changes weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from fastood.errors import ModelError
+from fastood.models.base import Encoder
+
+__all__ = ["copy_encoder"]
+
+
+def copy_encoder(encoder: Encoder, *, name: str | None = None) -> Encoder:
+    """An encoder of its own weights, equal to ``encoder`` now.
+
+    Raises:
+        ModelError: for anything but open_clip and Hugging Face models.
+    """
+    from fastood.models.hf import HFEncoder
+    from fastood.models.openclip import OpenClipEncoder
+
+    options: dict[str, Any] = {
+        "name": encoder.name if name is None else name,
+        "preprocess_id": encoder.preprocess_id,
+    }
+    # not a deep copy of the encoder: functions it holds would keep the first model's weights
+    if isinstance(encoder, OpenClipEncoder):
+        model = copy.deepcopy(encoder.model)
+        return OpenClipEncoder(
+            model, encoder.preprocess, encoder.tokenizer, warn=encoder._warn, **options
+        )
+    if isinstance(encoder, HFEncoder):
+        model = copy.deepcopy(encoder.model)
+        return HFEncoder(model, encoder.preprocess, encoder.tokenizer, **options)
+    raise ModelError(
+        f"{encoder.name}: only the towers of open_clip and Hugging Face CLIPs can be changed, got a "
+        f"{type(encoder).__name__}"
+    )
