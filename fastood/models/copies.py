@@ -34,6 +34,6 @@ def copy_encoder(encoder: Encoder, *, name: str | None = None) -> Encoder:
         model = copy.deepcopy(encoder.model)
         return HFEncoder(model, encoder.preprocess, encoder.tokenizer, **options)
     raise ModelError(
-        f"{encoder.name}: only the towers of open_clip and Hugging Face CLIPs can be changed, got a "
+        f"{encoder.name}: LoRA and SeTAR change open_clip and Hugging Face CLIPs, got a "
         f"{type(encoder).__name__}"
     )
