@@ -8,6 +8,9 @@ A matrix is named by tower, layer and kind, whatever library built the model:
 
 and lives in a parameter of some module: all of it, or some of its rows (open_clip and timm keep q,
 k and v in one parameter), or transposed (open_clip's projections are multiplied from the right).
+
+A Swin Transformer has its blocks in stages. Layers count through them from the input: with depths
+2, 2, 6, 2 the first block of the third stage is layer 4.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 
 from fastood.errors import ModelError
 
-__all__ = ["KINDS", "Kind", "Matrix", "find", "list_matrices"]
+__all__ = ["KINDS", "Kind", "Matrix", "find", "list_matrices", "swin_layers"]
 
 Kind = Literal["q", "k", "v", "o", "up", "down", "proj"]
 Tower = Literal["image", "text"]
@@ -42,6 +45,9 @@ _BLOCKS = {
     ),
 }
 
+# of Swin classifiers: stages, each with blocks of its own; timm, then Hugging Face
+_STAGES = ("layers", "swin.encoder.layers", "swinv2.encoder.layers")
+
 _PROJECTIONS = {
     "image": ("visual.proj", "visual_projection.weight"),
     "text": (
@@ -54,12 +60,18 @@ _PROJECTIONS = {
 }
 
 _KINDS: dict[Kind, tuple[str, ...]] = {
-    "q": ("self_attn.q_proj.weight",),
-    "k": ("self_attn.k_proj.weight",),
-    "v": ("self_attn.v_proj.weight",),
-    "o": ("attn.out_proj.weight", "self_attn.out_proj.weight", "attn.proj.weight"),
-    "up": ("mlp.c_fc.weight", "mlp.fc1.weight"),
-    "down": ("mlp.c_proj.weight", "mlp.fc2.weight"),
+    "q": ("self_attn.q_proj.weight", "attention.self.query.weight", "attention.q_proj.weight"),
+    "k": ("self_attn.k_proj.weight", "attention.self.key.weight", "attention.k_proj.weight"),
+    "v": ("self_attn.v_proj.weight", "attention.self.value.weight", "attention.v_proj.weight"),
+    "o": (
+        "attn.out_proj.weight",
+        "self_attn.out_proj.weight",
+        "attn.proj.weight",
+        "attention.output.dense.weight",
+        "attention.o_proj.weight",
+    ),
+    "up": ("mlp.c_fc.weight", "mlp.fc1.weight", "intermediate.dense.weight"),
+    "down": ("mlp.c_proj.weight", "mlp.fc2.weight", "output.dense.weight"),
 }
 
 _STACKED = ("attn.in_proj_weight", "attn.qkv.weight")
@@ -112,10 +124,20 @@ class Matrix:
 def list_matrices(model: nn.Module) -> tuple[Matrix, ...]:
     """Every addressable matrix: image tower first, layers from the input, kinds as in ``KINDS``.
 
-    Reads open_clip's ViTs (also through timm) and text transformers, and Hugging Face's CLIP and
-    SigLIP. Towers it does not know (ResNets, Swin) have none.
+    Reads open_clip's ViTs (also through timm) and text transformers, Hugging Face's CLIP and
+    SigLIP, and the Swin classifiers of timm and Hugging Face, which only have an image tower.
+    Towers it does not know (ResNets, a Swin within a CLIP) have none.
     """
     return tuple(_walk(model))
+
+
+def swin_layers(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """(stage, block) of every layer of a Swin classifier, in the order of ``Matrix.layer``.
+
+    The authors of SeTAR name a layer by its stage and its number there. Models without stages have
+    none: ``()``.
+    """
+    return tuple((stage, block) for stage, block, _ in _staged(model))
 
 
 def find(
@@ -197,12 +219,30 @@ def _walk(model: nn.Module) -> Iterator[Matrix]:
             for layer in range(len(blocks)):
                 yield from _of_block(model, tower, layer, f"{path}.{layer}")
             break
+        if tower == "image":
+            for layer, (_, _, path) in enumerate(_staged(model)):
+                yield from _of_block(model, tower, layer, path)
         for path in _PROJECTIONS[tower]:
             weight = _at(model, path)
             if isinstance(weight, Tensor) and weight.ndim == 2:
                 bare = not path.endswith(".weight")
                 yield _matrix(tower, None, "proj", path, weight, None, transposed=bare)
                 break
+
+
+def _staged(model: nn.Module) -> Iterator[tuple[int, int, str]]:
+    """Stage, number in it and path of each block of a Swin classifier, from the input."""
+    for path in _STAGES:
+        stages: Any = _at(model, path)
+        if not isinstance(stages, (nn.ModuleList, nn.Sequential)):
+            continue
+        blocks = [getattr(stage, "blocks", None) for stage in stages]
+        if not all(isinstance(b, (nn.ModuleList, nn.Sequential)) for b in blocks):
+            continue
+        for stage, own in enumerate(blocks):
+            for block in range(len(own)):  # type: ignore[arg-type]
+                yield stage, block, f"{path}.{stage}.blocks.{block}"
+        return
 
 
 def _of_block(model: nn.Module, tower: Tower, layer: int, prefix: str) -> Iterator[Matrix]:
