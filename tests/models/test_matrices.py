@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fastood.errors import ModelError
-from fastood.models.matrices import KINDS, find, list_matrices
-from tests.models import tiny
+from fastood.models.matrices import KINDS, find, list_matrices, swin_layers
+from tests.models import swins, tiny
 
 BLOCK = ["q", "k", "v", "o", "up", "down"]
 
@@ -125,3 +125,34 @@ def test_bad_input(options, message):
 
 def test_all_kinds_are_named():
     assert {m.kind for m in list_matrices(tiny.clip())} == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", swins.KINDS)
+def test_swin_layers_count_through_the_stages(kind):
+    model = swins.swin(kind)
+    found = {m.address: m for m in list_matrices(model)}
+    assert list(found) == [f"image.{i}.{k}" for i in range(sum(swins.DEPTHS)) for k in BLOCK]
+    places = swin_layers(model)
+    assert places == tuple((s, b) for s, depth in enumerate(swins.DEPTHS) for b in range(depth))
+    for layer, (stage, block) in enumerate(places):
+        width = 24 * 2**stage
+        for name in BLOCK:
+            matrix = found[f"image.{layer}.{name}"]
+            assert f"layers.{stage}.blocks.{block}." in matrix.key
+            assert matrix.key in model.state_dict()
+            out, inner = {"up": (4 * width, width), "down": (width, 4 * width)}.get(
+                name, (width, width)
+            )
+            assert matrix.shape == matrix.weight(model).shape == (out, inner)
+    rows = {name: found[f"image.8.{name}"].rows for name in "qkv"}
+    thirds = {"q": (0, 192), "k": (192, 384), "v": (384, 576)}
+    assert rows == (thirds if "timm" in kind else dict.fromkeys("qkv"))
+    assert len(find(model, towers="image", kinds="up")) == 9
+    with pytest.raises(ModelError, match=r"image tower of .* has no proj"):
+        find(model, towers="image", kinds="proj")
+    with pytest.raises(ModelError, match="leave towers='text' out"):
+        find(model, kinds="up")
+
+
+def test_models_without_stages_have_no_stages():
+    assert swin_layers(tiny.clip()) == ()
