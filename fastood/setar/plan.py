@@ -195,7 +195,7 @@ def kinds_of(kinds: Iterable[str] | str) -> tuple[Kind, ...]:
             raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {name!r}{hint}")
         if kind in found:
             raise ValueError(f"kinds: {kind!r} is given twice")
-        found.append(kind)  # type: ignore[arg-type]
+        found.append(kind)
     if not found:
         raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got none")
     return tuple(found)

@@ -1,0 +1,401 @@
+"""The objective of candidates, computed from what the model accepted so far makes known.
+
+Exact to rounding, and when each shortcut holds:
+
+    the other tower's features once     while its weights stay; made anew after it accepts a change
+    inputs of blocks kept               a candidate in block l starts from that block's input, which
+                                        only weights below l decide (``prefix.py``)
+    all ratios of a matrix together     what they share (attention below an MLP, the product with
+                                        the whole matrix) is run once, nested parts are subtracted
+                                        one after the other (``tails.py``)
+    no ratio 0                          it is the model as accepted, whose value is known
+    last block                          queries, MLP and projection of the class token only; patches
+                                        take the value path, which shares its values (``towers``)
+    texts                               shared beginnings once, no padding (causal towers)
+    images decoded once                 what enters the first block is kept, if memory allows
+
+Chunks of images decide about memory only: means are taken over the batches of the objective.
+float32 products are taken in float32, never in TF32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastood.errors import ModelError
+from fastood.models.base import Encoder
+from fastood.models.copies import copy_encoder
+from fastood.models.matrices import Matrix
+from fastood.scores.inputs import unit_rows
+from fastood.setar.lowrank import LowRankBasis, Part
+from fastood.setar.objective import Objective, Tally, Value
+from fastood.setar.plan import Candidate, Plan
+from fastood.setar.prefix import Prefix, bytes_of, spacing
+from fastood.setar.tails import Tails
+from fastood.setar.towers import image_tower
+from fastood.setar.towers.base import ImageTower, Seen
+from fastood.setar.towers.text import TextParts
+from fastood.tuning.room import free_memory, size_text
+
+__all__ = ["Evaluator", "default_memory", "exact"]
+
+_CHUNK = {"cpu": 16, "cuda": 128}
+"""Images run together."""
+
+
+class Evaluator:
+    """A copy of a model whose matrices are changed one after the other.
+
+    Args:
+        encoder: a ViT CLIP or a Swin in float32 or float64; it is copied.
+        pixels: positions of some images → (b, 3, H, W).
+        labels: (N,) int64.
+        prompts: templates x K prompts, empty for a classifier.
+        objective: what is computed.
+        batches: sizes of the objective's batches, N together.
+        plan: what will be visited.
+        part, seed: which directions are dropped, see ``low_rank``.
+        memory: bytes to keep between candidates; None takes ``default_memory``.
+        chunk: images run together; None takes 16 on a CPU, 128 on a GPU.
+    Attributes:
+        encoder: the model as accepted so far.
+        notes: what a user should know of the memory.
+    Raises:
+        ModelError: towers that cannot be taken apart; a dtype below float32.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        pixels: Callable[[Tensor], Tensor],
+        labels: Tensor,
+        prompts: Sequence[Sequence[str]],
+        objective: Objective,
+        *,
+        batches: Sequence[int],
+        plan: Plan,
+        part: Part = "minor",
+        seed: int = 0,
+        memory: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        if encoder.dtype not in (torch.float32, torch.float64):
+            raise ModelError(
+                f"{encoder.name}: expected a model in float32 (losses of candidates differ in the "
+                f"fifth digit), got {encoder.dtype}; load it with dtype float32"
+            )
+        self.encoder = copy_encoder(encoder)
+        self.objective = objective
+        self._plan, self._part, self._seed = plan, part, seed
+        self._batches, self._labels = tuple(batches), labels.to(self.encoder.device)
+        self._pixels = pixels
+        device = self.encoder.device
+        self._image: ImageTower = image_tower(self.encoder)
+        self._text = None if self._image.head() is not None else TextParts(self.encoder, prompts)
+        size = chunk if chunk is not None else _CHUNK.get(device.type, 16)
+        positions = torch.arange(len(labels))
+        self._chunks = positions.split(size)
+        self._text_prefix = (
+            None if self._text is None else Prefix(self._text, lambda _: self._text_start(), 1)
+        )
+        self._bank: Tensor | None = None
+        self._features: dict[int, Seen] = {}
+        self._tails: dict[str, tuple[LowRankBasis, Tails]] = {}
+        self._phase: str | None = None
+        self._keeps_features = False
+        self._first: tuple[int, Tensor] | None = None
+        self._budget = default_memory(device) if memory is None else memory
+        self._prefix = Prefix(self._image, self._start, 0)
+        self._input_bytes, self._feature_bytes, self._units = self._measure()
+        self.notes: list[str] = []
+        self._arrange(plan.matrices[0].tower)
+
+    # ---------------------------------------------------------------- what the search asks for
+
+    def baseline(self, done: Callable[[float], None] | None = None) -> Value:
+        """The objective of the model as accepted."""
+        with exact():
+            tally = self._tally()
+            for c in range(len(self._chunks)):
+                self._add(tally, c, self._seen(c), self._classes())
+                _report(done, self.cost_of_baseline / len(self._chunks))
+            return tally.value()
+
+    def candidates(
+        self, candidates: Sequence[Candidate], done: Callable[[float], None] | None = None
+    ) -> list[Value]:
+        """The objective of each candidate of one matrix, on top of what is accepted.
+
+        Args:
+            candidates: in ascending order of ``count``.
+            done: told how much of the work has been done, in units of ``cost``.
+        """
+        matrix = candidates[0].matrix
+        with exact():
+            self._arrange(matrix.tower)
+            _, tails = self._tails_of(matrix, tuple(c.count for c in candidates))
+            tallies = [self._tally() for _ in candidates]
+            share = sum(self.cost(c) for c in candidates) / len(self._chunks)
+            if matrix.tower == "image":
+                classes = self._classes()
+                for c in range(len(self._chunks)):
+                    for tally, seen in zip(tallies, self._seen_with(matrix, tails, c), strict=True):
+                        self._add(tally, c, seen, classes)
+                    _report(done, share)
+            else:
+                banks = list(self._banks_with(matrix, tails))
+                for c in range(len(self._chunks)):
+                    seen = self._seen(c)
+                    for tally, bank in zip(tallies, banks, strict=True):
+                        self._add(tally, c, seen, (self._scaled(bank), None))
+                    _report(done, share)
+            return [tally.value() for tally in tallies]
+
+    def accept(self, candidate: Candidate) -> None:
+        """Change the model."""
+        matrix = candidate.matrix
+        with exact():
+            basis, _ = self._tails_of(matrix, (candidate.count,), known=True)
+            new = basis.drop(candidate.count, part=self._part, seed=self._seed)
+            matrix.weight(self._model).copy_(new)
+        self._tails.pop(matrix.address, None)
+        if matrix.tower == "text":
+            self._bank = None
+            if self._text_prefix is not None and matrix.layer is not None:
+                self._text_prefix.changed(matrix.layer)
+        else:
+            self._features.clear()
+            if matrix.layer is not None:
+                self._prefix.changed(matrix.layer)
+
+    # ---------------------------------------------------------------- what it costs
+
+    def cost(self, candidate: Candidate) -> float:
+        """Of a candidate, in units of a pass of all images through one block."""
+        image, text, patches = self._units
+        matrix = candidate.matrix
+        tower: Any = self._image if matrix.tower == "image" else self._text
+        blocks = 1 if matrix.layer is None else tower.depth - matrix.layer
+        return patches + (image if matrix.tower == "image" else text) * blocks
+
+    @property
+    def cost_of_baseline(self) -> float:
+        image, _, patches = self._units
+        return image * self._image.depth + patches
+
+    def describe(self) -> dict[str, Any]:
+        """What is kept in memory."""
+        return {
+            "memory": self._budget,
+            "every": self._prefix.every,
+            "input_bytes": self._input_bytes,
+            "feature_bytes": self._feature_bytes,
+            "keeps_features": self._keeps_features,
+            "chunk": len(self._chunks[0]),
+        }
+
+    # ---------------------------------------------------------------- images
+
+    def _start(self, chunk: int) -> Tensor:
+        if self._first is not None and self._first[0] == chunk:  # run to measure it
+            x, self._first = self._first[1], None
+            return x
+        pixels = self._pixels(self._chunks[chunk]).to(self.encoder.device, self.encoder.dtype)
+        return self._image.start(pixels)
+
+    def _seen(self, chunk: int) -> Seen:
+        """Features of a chunk by the accepted model, unit rows for a CLIP."""
+        found = self._features.get(chunk)
+        if found is None:
+            found = self._unit(self._image.seen(self._prefix.input(self._image.depth - 1, chunk)))
+            if self._keeps_features:
+                self._features[chunk] = found
+        return found
+
+    def _seen_with(self, matrix: Matrix, tails: Tails, chunk: int) -> Iterator[Seen]:
+        """The same with each candidate."""
+        tower, last = self._image, self._image.depth - 1
+        layer = last if matrix.layer is None else matrix.layer
+        x = self._prefix.input(layer, chunk)
+        if layer == last:
+            yield from map(self._unit, tower.seen_variants(matrix, tails, x))
+            return
+        for y in tower.variants(matrix, tails, x):
+            for i in range(layer + 1, last):
+                y = tower.block(i, y)
+            yield self._unit(tower.seen(y))
+
+    def _unit(self, seen: Seen) -> Seen:
+        if self._text is None:
+            return seen
+        return Seen(unit_rows(seen.image), unit_rows(seen.local))
+
+    # ---------------------------------------------------------------- classes
+
+    def _classes(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (K, D) and bias of the logits by the accepted model."""
+        head = self._image.head()
+        if head is not None:
+            return head
+        if self._bank is None:
+            assert self._text is not None and self._text_prefix is not None
+            self._bank = self._text.features(self._text_prefix.input(self._text.depth - 1, 0))
+        return self._scaled(self._bank), None
+
+    def _banks_with(self, matrix: Matrix, tails: Tails) -> Iterator[Tensor]:
+        text = self._text
+        assert text is not None and self._text_prefix is not None
+        last = text.depth - 1
+        layer = last if matrix.layer is None else matrix.layer
+        state = self._text_prefix.input(layer, 0)
+        if layer == last:
+            yield from text.feature_variants(matrix, tails, state)
+            return
+        for changed in text.variants(matrix, tails, state):
+            for i in range(layer + 1, last):
+                changed = text.block(i, changed)
+            yield text.features(changed)
+
+    def _scaled(self, bank: Tensor) -> Tensor:
+        return bank * self.encoder.logit_scale
+
+    def _text_start(self) -> Any:
+        assert self._text is not None
+        return self._text.start()
+
+    # ---------------------------------------------------------------- objective
+
+    def _tally(self) -> Tally:
+        return self.objective.tally(self._labels, self._batches)
+
+    def _add(
+        self, tally: Tally, chunk: int, seen: Seen, classes: tuple[Tensor, Tensor | None]
+    ) -> None:
+        weight, bias = classes
+        logits = torch.nn.functional.linear(seen.image, weight, bias)
+        tally.add(int(self._chunks[chunk][0]), logits, seen.local, weight, bias)
+
+    # ---------------------------------------------------------------- matrices and memory
+
+    @property
+    def _model(self) -> Any:
+        return self.encoder.model  # type: ignore[attr-defined]
+
+    def _tails_of(
+        self, matrix: Matrix, counts: tuple[int, ...], *, known: bool = False
+    ) -> tuple[LowRankBasis, Tails]:
+        """Of the original weights: a matrix is changed once at most."""
+        found = self._tails.get(matrix.address)
+        if found is not None and (known or found[1].counts == counts):
+            return found
+        if not self._plan.revisits:
+            self._tails.clear()
+        basis = LowRankBasis(matrix.weight(self._model))
+        make = partial(Tails.of, basis, counts, part=self._part, seed=self._seed)
+        tails = make(dtype=self.encoder.dtype, device=self.encoder.device)
+        self._tails[matrix.address] = basis, tails
+        return basis, tails
+
+    def _measure(self) -> tuple[int, int, tuple[float, float, float]]:
+        """Bytes of a kept input and of all features; cost of an image block, a text block and the
+        patch logits."""
+        with exact():
+            x = self._start(0)
+            self._first = (0, x)
+            n, width = len(self._labels), x.shape[-1]
+            of_one = x.numel() // len(self._chunks[0])
+            patches = of_one / width
+            each = n * of_one * x.element_size()
+            classes, bias = self._classes()
+            del bias
+            k, d = classes.shape
+            features = int(n * (patches + 1) * d * x.element_size())
+            text = 0.0
+            if self._text_prefix is not None and self._text is not None:
+                size = bytes_of(self._text_prefix.input(0, 0)) / x.element_size()
+                text = size * d / (n * of_one * width)
+            return each, features, (1.0, text, k * d / (12 * width * width))
+
+    def _arrange(self, tower: str) -> None:
+        """Give the memory to what the coming visits need."""
+        if self._phase == tower or (self._plan.mixed and self._phase is not None):
+            return
+        first = self._phase is None
+        self._phase = tower
+        budget, depth = self._budget, self._image.depth
+        inputs, features = self._input_bytes, self._feature_bytes
+        if self._plan.mixed:
+            self._keeps_features = 2 * features <= budget
+            left = budget - features * self._keeps_features
+            self._prefix.every = spacing(depth, inputs, left)
+        elif tower == "image":
+            self._features.clear()
+            self._keeps_features = False
+            self._prefix.every = spacing(depth, inputs, budget)
+        else:
+            self._keeps_features = features <= budget
+            later = self._plan.order == "text_image"
+            if not self._keeps_features:
+                self._prefix.every = spacing(depth, inputs, budget)
+            else:
+                self._prefix.every = depth if later and features + inputs <= budget else 0
+                for c in range(len(self._chunks) if not first else 0):
+                    self._seen(c)
+                    if not later:
+                        self._prefix.drop(c)
+        self._say()
+
+    def _say(self) -> None:
+        every, depth = self._prefix.every, self._image.depth
+        room, need = size_text(self._budget), size_text(self._input_bytes)
+        if self._phase == "image" or self._plan.mixed:
+            if not every:
+                line = (
+                    f"memory: {room} do not hold what enters one block ({need}); images are "
+                    "decoded and run again at every visit"
+                )
+            elif every > 1:
+                line = (
+                    f"memory: {room} hold what enters every {every}th of {depth} blocks "
+                    f"({need} each); the blocks between are run once more at every visit"
+                )
+            else:
+                return
+            if line not in self.notes:
+                self.notes.append(line)
+
+
+def default_memory(device: torch.device) -> int:
+    """A quarter of what is free where ``device`` computes; 4 GB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 4
+    free = free_memory()
+    return 4_000_000_000 if free is None else free // 4
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """No gradients, no autocast, float32 products in float32; settings are restored."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        with torch.no_grad(), _without_autocast("cuda"), _without_autocast("cpu"):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+    return torch.autocast(kind, enabled=False)
+
+
+def _report(done: Callable[[float], None] | None, units: float) -> None:
+    if done is not None:
+        done(units)

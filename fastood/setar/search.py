@@ -1,0 +1,410 @@
+"""SeTAR: a greedy search for the low-rank version of each weight matrix that lowers a loss.
+
+Source: arXiv 2406.12629.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from fastood.data.imageset import ImageSet
+from fastood.data.prompts import check_class_names, clean_name, fill, resolve_templates
+from fastood.errors import ModelError
+from fastood.models.base import Encoder
+from fastood.models.matrices import Matrix
+from fastood.scores.inputs import check_count
+from fastood.setar.evaluate import Evaluator
+from fastood.setar.lowrank import Part
+from fastood.setar.matching import network_of
+from fastood.setar.objective import Objective, Value
+from fastood.setar.picks import Pick
+from fastood.setar.plan import RATIOS, Candidate, Plan, make_plan
+from fastood.setar.published import backbone_of, published
+from fastood.setar.recipe import Recipe
+from fastood.setar.table import Row, Table
+from fastood.tuning.live import LiveImages
+
+__all__ = ["RECIPE", "Found", "Partition", "Progress", "search"]
+
+RECIPE = "recipe.json"
+
+Partition = Literal["reference", "global"]
+
+
+class Progress(NamedTuple):
+    """Where a search is."""
+
+    visit: int
+    """From 1; 0 while the model as it is is evaluated."""
+    visits: int
+    matrix: str
+    """Address of the matrix tried at the moment."""
+    done: float
+    """Share of the work, 0 to 1."""
+    objective: float | None
+    """Best so far."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a search.
+
+    Attributes:
+        recipe: the picks; ``recipe.apply(encoder)`` makes the model.
+        baseline, final: values of the model as it was, and with all picks.
+        rows: every evaluated candidate.
+        file: the written recipe; None without ``out``.
+        notes: what a reader of the numbers should know.
+    """
+
+    recipe: Recipe
+    baseline: Value
+    final: Value
+    rows: tuple[Row, ...]
+    file: Path | None
+    notes: tuple[str, ...]
+
+
+def search(
+    encoder: Encoder,
+    images: ImageSet,
+    *,
+    class_names: Sequence[str] | None = None,
+    order: str = "image_text",
+    kinds: Iterable[str] | str = "up",
+    ratios: Sequence[float] = RATIOS,
+    projections: bool = False,
+    layers: Iterable[int] | None = None,
+    part: Part = "minor",
+    seed: int = 0,
+    metric: str = "loss",
+    score: str | None = None,
+    weight: float | None = None,
+    top_k: int | None = None,
+    temperature: float | None = None,
+    pred_label: bool = False,
+    id_set: str | None = None,
+    partition: Partition = "reference",
+    batch_size: int | None = None,
+    templates: str | Sequence[str] = "mcm",
+    out: str | os.PathLike[str] | None = None,
+    memory: int | None = None,
+    chunk: int | None = None,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Found:
+    """Search for the picks of a recipe, on ``encoder`` as it is; it is not changed.
+
+    Starting from the model as it is, each matrix of ``order`` is tried without each share of its
+    singular directions; of the candidates of a visit the best is accepted if it is strictly better
+    than the best so far, otherwise the matrix stays.
+
+    Args:
+        encoder: a ViT CLIP of open_clip or Hugging Face with patch features, or a Swin classifier;
+            float32 or float64.
+        images: labelled images of the ID classes; the authors take one training image of each
+            class. Order matters to ``partition="reference"``.
+        class_names: K names in the order of the labels; default: those of the images.
+        order, kinds, ratios, projections, layers: what is visited, see ``plan.make_plan``.
+        part, seed: which directions are dropped, see ``low_rank``.
+        metric, score, pred_label: the objective, see ``Objective``.
+        weight, top_k, temperature: of the objective; default: the authors' for the backbone and ID
+            set, else top_k = round(0.3 K), see ``published``; temperature 100 (a classifier: 1).
+        id_set: ``"imagenet"`` or ``"voc"``: whose published settings; default by K.
+        partition: ``"reference"``: the mean over OOD patches is taken in batches of
+            ``batch_size`` images in the order of the set, as the authors' loader makes them (the
+            result depends on both); ``"global"``: over all images at once.
+        batch_size: of ``"reference"``; default the authors', 512 (Swin: 384).
+        templates: class prompts; the authors' has no full stop.
+        out: folder for the table of candidates and the recipe. A search that was stopped goes on
+            there.
+        memory: bytes to keep between candidates; default a quarter of what is free. Less memory
+            costs time, never accuracy.
+        chunk: images run together; decides about memory only.
+        workers: threads that decode.
+        progress: told where the search is.
+    Returns:
+        ``Found``.
+    Raises:
+        ValueError: settings that do not exist or do not fit (ratios outside [0, 1), ranks above a
+            matrix, unknown layers, top_k >= K, labels outside the classes, images without labels).
+        ModelError: towers that cannot be taken apart (ResNets, unknown blocks), a dtype below
+            float32, weights that are not finite.
+        DataError: images that cannot be read; ``out`` cannot be written or holds another search.
+
+    Example:
+        >>> from fastood.models import load_model
+        >>> from fastood.setar.plan import make_plan
+        >>> plan = make_plan(load_model("fastood-tiny").model)
+        >>> plan.visits, plan.evaluations
+        (6, 48)
+    """
+    model = network_of(encoder)
+    plan = make_plan(
+        model, order=order, kinds=kinds, ratios=ratios, projections=projections, layers=layers
+    )
+    for matrix in plan.matrices:
+        if not bool(matrix.weight(model).isfinite().all()):
+            raise ModelError(
+                f"{encoder.name}: {matrix.address} has NaN or Inf in its weights; is the file "
+                "damaged?"
+            )
+    data = LiveImages(
+        encoder,
+        images,
+        needs="pixels",
+        augmentation=None,
+        class_names=class_names,
+        workers=workers,
+    )
+    names = data.class_names
+    prompts = _prompts(encoder, names, templates)
+    found = published(backbone_of(_depth(model), unimodal=not prompts), len(names), id_set)
+    objective = Objective(
+        metric,
+        score,
+        top_k=found.top_k if top_k is None else top_k,
+        weight=found.weight if weight is None else weight,
+        temperature=(100.0 if prompts else 1.0) if temperature is None else temperature,
+        pred_label=pred_label,
+    )
+    objective.check_classes(len(names))
+    batches = _batches(len(data), partition, found.batch if batch_size is None else batch_size)
+    settings = {
+        "model": {"name": encoder.name, "fingerprint": encoder.fingerprint},
+        "plan": plan.describe(),
+        "part": part,
+        "seed": seed,
+        "objective": objective.describe(),
+        "partition": {"kind": partition, "batches": batches},
+        "prompts": [list(row) for row in prompts],
+        "class_names": list(names),
+        "images": {"name": images.name, "number": len(data), "digest": data.digest},
+    }
+    folder = None if out is None else Path(out)
+    table = Table(folder, settings, score=score)
+    evaluator: Evaluator | None = None
+
+    def evaluating() -> Evaluator:
+        """Made when something has to be computed, with what has been decided so far."""
+        nonlocal evaluator
+        if evaluator is None:
+            evaluator = Evaluator(
+                encoder,
+                lambda index: data.batch(index, 0).image,
+                data.labels,
+                prompts,
+                objective,
+                batches=batches,
+                plan=plan,
+                part=part,
+                seed=seed,
+                memory=memory,
+                chunk=chunk,
+            )
+        return evaluator
+
+    try:
+        walk = _Walk(plan, objective, table, evaluating, progress)
+        walk.run()
+    finally:
+        data.close()
+    notes = _notes(walk, evaluator)
+    source = found.source if weight is None and top_k is None else "given"
+    recipe = Recipe.of(
+        encoder,
+        walk.picks,
+        part=part,
+        seed=seed,
+        search={
+            **{k: v for k, v in settings.items() if k not in ("model", "part", "seed", "prompts")},
+            "templates": list(resolve_templates(templates)) if prompts else [],
+            "settings_from": source,
+            "baseline": walk.baseline.as_dict(),
+            "final": walk.best.as_dict(),
+            "evaluations": len(table.rows),
+            "notes": list(notes),
+        },
+    )
+    file = None if folder is None else recipe.write(folder / RECIPE)
+    return Found(recipe, walk.baseline, walk.best, table.rows, file, notes)
+
+
+class _Walk:
+    """The visits of a plan, with their values from the table or the evaluator."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        objective: Objective,
+        table: Table,
+        evaluating: Callable[[], Evaluator],
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._plan, self._objective, self._table = plan, objective, table
+        self._evaluating, self._progress = evaluating, progress
+        self._accepted: list[Candidate] = []
+        self._given = 0  # how many of them the evaluator has
+        self._decided: list[Matrix] = []
+        self.picks: list[Pick] = []
+        self.baseline: Value
+        self.best: Value
+        self._done = self._total = 0.0
+        self._at = (0, "")
+
+    def run(self) -> None:
+        row = self._table.find(0, "", 0)
+        if row is None:
+            row = self._compute(0, "", [])[0]
+        self.baseline = self.best = row.value
+        for visit in range(1, self._plan.visits + 1):
+            group = self._plan.visit(self._decided)
+            chosen: Candidate | None = None
+            for matrix in group:
+                for candidate, value in self._values(visit, matrix):
+                    if self._objective.better(value, self.best):
+                        self.best, chosen = value, candidate
+            decided = group[0] if chosen is None else chosen.matrix
+            self._decide(decided, chosen)
+            if self._plan.order == "single":
+                for matrix in group:
+                    if matrix != decided:
+                        self._decide(matrix, None)
+            self._tell()
+
+    def _values(self, visit: int, matrix: Matrix) -> list[tuple[Candidate, Value]]:
+        candidates = list(self._plan.candidates(matrix))
+        missing = [
+            c for c in candidates if self._table.find(visit, matrix.address, c.count) is None
+        ]
+        if missing:
+            self._compute(visit, matrix.address, missing)
+        found = []
+        for candidate in candidates:
+            row = self._table.find(visit, matrix.address, candidate.count)
+            assert row is not None
+            found.append((candidate, row.value))
+        return found
+
+    def _compute(self, visit: int, address: str, candidates: list[Candidate]) -> list[Row]:
+        evaluator = self._evaluating()
+        for candidate in self._accepted[self._given :]:
+            evaluator.accept(candidate)
+        self._given = len(self._accepted)
+        if not self._total:
+            self._total = self._left(evaluator, visit)
+        self._at = (visit, address)
+        begin = time.perf_counter()
+        if candidates:
+            values = evaluator.candidates(candidates, self._tell)
+        else:
+            values = [evaluator.baseline(self._tell)]
+        each = (time.perf_counter() - begin) / len(values)
+        given = [(c.ratio, c.count) for c in candidates] or [(0, 0)]
+        rows = [
+            Row(visit, address, ratio, count, value, each)
+            for (ratio, count), value in zip(given, values, strict=True)
+        ]
+        self._table.add(rows)
+        return rows
+
+    def _decide(self, matrix: Matrix, chosen: Candidate | None) -> None:
+        self._decided.append(matrix)
+        if chosen is not None:
+            self._accepted.append(chosen)
+        self.picks.append(
+            Pick(
+                matrix.tower,
+                matrix.kind,
+                matrix.layer,
+                0.0 if chosen is None else chosen.ratio,
+                0 if chosen is None else chosen.count,
+                self.best.objective,
+            )
+        )
+
+    def _left(self, evaluator: Evaluator, visit: int) -> float:
+        """Cost of what is still to be computed, as far as it is known."""
+        plan, decided = self._plan, set(self._decided)
+        total = evaluator.cost_of_baseline if visit == 0 else 0.0
+        left = [m for m in plan.matrices if m not in decided]
+        for place, matrix in enumerate(left):
+            # an exhaustive search tries a matrix until it is decided: at half of its visits
+            times = (len(left) - place + 1) / 2 + place / 2 if plan.revisits else 1.0
+            number = visit if plan.revisits else visit + place
+            unknown = [
+                c
+                for c in plan.candidates(matrix)
+                if self._table.find(number, matrix.address, c.count) is None
+            ]
+            total += times * sum(map(evaluator.cost, unknown))
+        return total
+
+    def _tell(self, units: float = 0.0) -> None:
+        self._done += units
+        if self._progress is None:
+            return
+        share = min(1.0, self._done / self._total) if self._total else 1.0
+        best = self.best.objective if hasattr(self, "best") else None
+        self._progress(Progress(self._at[0], self._plan.visits, self._at[1], share, best))
+
+
+def _depth(model: torch.nn.Module) -> int:
+    from fastood.models.matrices import list_matrices
+
+    layers = [m.layer for m in list_matrices(model) if m.tower == "image" and m.layer is not None]
+    return max(layers, default=-1) + 1
+
+
+def _prompts(
+    encoder: Encoder, names: Sequence[str], templates: str | Sequence[str]
+) -> list[list[str]]:
+    """Templates x K; nothing for a classifier, which has its own classes."""
+    head = encoder.head()
+    if head is not None:
+        classes = next(head.layer.parameters()).shape[0]
+        if classes != len(names):
+            raise ValueError(
+                f"class_names: expected the {classes} classes of {encoder.name}, got {len(names)}"
+            )
+        return []
+    for note in check_class_names([clean_name(n) for n in names]):
+        warnings.warn(note, RuntimeWarning, stacklevel=3)
+    found = [[fill(t, clean_name(n)) for n in names] for t in resolve_templates(templates)]
+    for prompts in found:
+        for note in encoder.warn_prompts(prompts):
+            warnings.warn(note, RuntimeWarning, stacklevel=3)
+    return found
+
+
+def _batches(n: int, partition: str, size: int) -> list[int]:
+    if partition not in get_args(Partition):
+        raise ValueError(
+            f"partition: expected one of {', '.join(get_args(Partition))}, got {partition!r}"
+        )
+    size = n if partition == "global" else check_count("batch_size", size, 1, None)
+    return [min(size, n - start) for start in range(0, n, size)]
+
+
+def _notes(walk: _Walk, evaluator: Evaluator | None) -> tuple[str, ...]:
+    notes = [] if evaluator is None else list(evaluator.notes)
+    for name, value in (("the model as it is", walk.baseline), ("the result", walk.best)):
+        if value.empty_batches:
+            notes.append(
+                f"{value.empty_batches} batches of {name} have no pseudo-OOD patch; their patch "
+                "term is 0"
+            )
+        if value.ties:
+            notes.append(
+                f"ties at the k-th logit decide about {value.ties} patches of {name}; the lowest "
+                "index wins (classes with equal prompts?)"
+            )
+    return tuple(notes)
