@@ -92,3 +92,26 @@ TWO_PROCESSES_RTOL = 1e-6
 # beside float32. Worst seen: 9e-4 of losses around .3, 1.3e-3 of cosines (x86-64 CPU).
 BF16_TOWER_LOSS_ATOL = 5e-3
 BF16_TOWER_COSINE_ATOL = 5e-3
+
+# What weights without some directions make of activations, by tails against the weights
+# themselves, relative to the largest number. Worst seen: 2e-14 and 1e-6 (40 x 24, x86-64 CPU).
+TAILS_F64_RTOL = 1e-12
+TAILS_RTOL = 1e-5
+
+# Logits (up to 5) of tiny classifiers by their head on features beside the model's own: the same
+# float32 product again. Worst seen: 0 (x86-64 CPU); room for other ways to sum it.
+CLASSIFIER_LOGITS_ATOL = 1e-5
+
+# The objective of a SeTAR search against its definition, of order 1: sums in another order, and in
+# float32 the rounding of logits. Worst seen: 4e-16 and 2e-7 (x86-64 CPU).
+OBJECTIVE_F64_RTOL = 1e-12
+OBJECTIVE_RTOL = 2e-6
+
+# Features of towers run block by block with candidates' weights against models that have those
+# weights, relative to the largest number. Worst seen: 4e-15 and 2e-6 (3 layers, x86-64 CPU).
+TOWER_F64_RTOL = 1e-10
+TOWER_RTOL = 2e-5
+
+# Objectives of a search's candidates (losses of order 1) from kept prefixes and nested tails beside
+# whole passes of models whose weights were replaced, float64 tiny towers.
+SEARCH_F64_RTOL = 1e-9

@@ -1,0 +1,286 @@
+"""Candidates from kept prefixes against whole passes of models whose weights were replaced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastood.errors import ModelError
+from fastood.models.base import Encoder
+from fastood.models.copies import copy_encoder
+from fastood.scores.inputs import unit_rows
+from fastood.setar.evaluate import Evaluator, exact
+from fastood.setar.lowrank import low_rank
+from fastood.setar.objective import Objective, Value
+from fastood.setar.plan import Candidate, Plan, make_plan
+from fastood.setar.prefix import Prefix, bytes_of, spacing
+from tests.models import tiny
+from tests.tolerances import SEARCH_F64_RTOL
+from tests.tuning.towers import WORDS, hf_encoder, open_clip_encoder
+
+N = 7
+PROMPTS = [[f"a photo of a {w}" for w in WORDS], [f"{w}." for w in WORDS]]
+LABELS = torch.tensor([0, 3, 1, 2, 0, 1, 3])
+
+
+@pytest.fixture(params=[open_clip_encoder, hf_encoder], ids=["open_clip", "hugging face"])
+def encoder(request) -> Encoder:
+    return request.param()
+
+
+def objective(**options) -> Objective:
+    return Objective(**{"top_k": 2, "weight": 0.3, **options})
+
+
+def images() -> Tensor:
+    return tiny.pixels(N).double()
+
+
+def evaluator(encoder: Encoder, plan: Plan, **options) -> Evaluator:
+    pixels = images()
+    settings = {"batches": [3, 3, 1], "chunk": 2, "memory": 10**9, **options}
+    goal = settings.pop("objective", objective())
+    return Evaluator(encoder, lambda i: pixels[i], LABELS, PROMPTS, goal, plan=plan, **settings)
+
+
+def whole(
+    encoder: Encoder,
+    changes: list[Candidate],
+    goal: Objective | None = None,
+    *,
+    batches: tuple[int, ...] = (3, 3, 1),
+    part: str = "minor",
+    seed: int = 0,
+) -> Value:
+    """The value of the model with these changes, by its own full passes."""
+    model = copy_encoder(encoder)
+    with torch.no_grad():
+        for c in changes:
+            w = c.matrix.weight(model.model)
+            w.copy_(low_rank(w.clone(), drop=c.count, part=part, seed=seed))
+        found = model.encode_image(images(), local=True)
+        rows = [unit_rows(model.encode_tokens(model.tokenize(p))) for p in PROMPTS]
+        text = unit_rows(torch.stack(rows).mean(0)) * model.logit_scale
+        tally = (goal or objective()).tally(LABELS, batches)
+        tally.add(0, unit_rows(found.image) @ text.T, unit_rows(found.local), text)
+    return tally.value()
+
+
+def near(a: Value, b: Value) -> bool:
+    close = torch.isclose(
+        torch.tensor([a.objective, a.loss, a.cross_entropy, a.patches]).double(),
+        torch.tensor([b.objective, b.loss, b.cross_entropy, b.patches]).double(),
+        rtol=SEARCH_F64_RTOL,
+        atol=SEARCH_F64_RTOL,
+    )
+    return bool(close.all()) and a.ood_patches == b.ood_patches and a.accuracy == b.accuracy
+
+
+@pytest.mark.parametrize("kind", ["up", "down", "q", "k", "v", "o"])
+@pytest.mark.parametrize("order", ["image_text", "text_image", "interleaved"])
+def test_candidates_are_those_of_whole_models(encoder, kind, order):
+    """Every visit, every candidate, after accepted changes at earlier visits."""
+    if order == "interleaved" and _depths(encoder) != 1:
+        pytest.skip("towers of unequal depth")
+    plan = make_plan(encoder.model, order=order, kinds=kind, ratios=[0.1, 0.3], projections=True)
+    found = evaluator(encoder, plan)
+    accepted: list[Candidate] = []
+    assert near(found.baseline(), whole(encoder, []))
+    for i, matrix in enumerate(plan.matrices):
+        candidates = list(plan.candidates(matrix))
+        for candidate, value in zip(candidates, found.candidates(candidates), strict=True):
+            assert near(value, whole(encoder, [*accepted, candidate])), candidate
+        if i % 3 != 1:  # also leave some as they are
+            accepted.append(candidates[i % len(candidates)])
+            found.accept(accepted[-1])
+    assert near(found.baseline(), whole(encoder, accepted))
+
+
+def _depths(encoder: Encoder) -> int:
+    plan = make_plan(encoder.model, ratios=[0.1])
+    towers = [m.tower for m in plan.matrices]
+    return len({towers.count("image"), towers.count("text")})
+
+
+def test_any_order_is_exact(encoder):
+    """Visits up and down the towers, as an exhaustive search jumps."""
+    plan = make_plan(encoder.model, order="exhaustive", ratios=[0.2])
+    found = evaluator(encoder, plan)
+    accepted: list[Candidate] = []
+    for i in (0, len(plan.matrices) - 1, 1, len(plan.matrices) // 2):
+        candidate = next(plan.candidates(plan.matrices[i]))
+        found.accept(candidate)
+        accepted.append(candidate)
+        for matrix in plan.matrices:
+            if matrix in [c.matrix for c in accepted]:
+                continue
+            trial = next(plan.candidates(matrix))
+            assert near(found.candidates([trial])[0], whole(encoder, [*accepted, trial]))
+
+
+@pytest.mark.parametrize("order", ["image_text", "text_image", "single"])
+def test_memory_and_chunks_change_nothing(encoder, order):
+    plan = make_plan(encoder.model, order=order, ratios=[0.1, 0.4])
+    values = {}
+    need = evaluator(encoder, plan).describe()["input_bytes"]
+    spacings = set()
+    for memory in (0, need, 2 * need, 10**9):
+        for chunk in (1, 3, 7):
+            found = evaluator(encoder, plan, memory=memory, chunk=chunk)
+            run = [found.baseline()]
+            for matrix in plan.matrices:
+                candidates = list(plan.candidates(matrix))
+                run += found.candidates(candidates)
+                if order != "single":
+                    found.accept(candidates[-1])
+            values[memory, chunk] = run
+            spacings.add(found.describe()["every"])
+    first = values.pop((0, 1))
+    for run in values.values():
+        assert all(near(a, b) for a, b in zip(first, run, strict=True))
+    assert len(spacings) > 1 or order != "image_text"
+
+
+@pytest.mark.parametrize("part", ["principal", "random"])
+def test_other_parts(part):
+    encoder = open_clip_encoder()
+    plan = make_plan(encoder.model, ratios=[0.1, 0.2, 0.3])
+    found = evaluator(encoder, plan, part=part, seed=3)
+    for matrix in plan.matrices[::2]:
+        candidates = list(plan.candidates(matrix))
+        for candidate, value in zip(candidates, found.candidates(candidates), strict=True):
+            assert near(value, whole(encoder, [candidate], part=part, seed=3))
+
+
+@pytest.mark.parametrize("score", ["mcm", "gl_mcm", "energy"])
+def test_metrics_of_scores(score):
+    encoder = open_clip_encoder()
+    goal = objective(metric="auroc", score=score)
+    plan = make_plan(encoder.model, ratios=[0.3])
+    found = evaluator(encoder, plan, objective=goal)
+    for matrix in plan.matrices:
+        candidate = next(plan.candidates(matrix))
+        assert found.candidates([candidate])[0].objective == pytest.approx(
+            whole(encoder, [candidate], goal).objective
+        )
+
+
+def test_the_model_given_is_left_alone_and_images_are_decoded_once():
+    encoder = open_clip_encoder()
+    before = {k: v.clone() for k, v in encoder.model.state_dict().items()}
+    asked: list[int] = []
+    pixels = images()
+
+    def decode(index: Tensor) -> Tensor:
+        asked.extend(index.tolist())
+        return pixels[index]
+
+    plan = make_plan(encoder.model, ratios=[0.2])
+    found = Evaluator(
+        encoder, decode, LABELS, PROMPTS, objective(), batches=[N], plan=plan, memory=10**9, chunk=2
+    )
+    found.baseline()
+    for matrix in plan.matrices:
+        candidate = next(plan.candidates(matrix))
+        found.candidates([candidate])
+        found.accept(candidate)
+    assert sorted(asked) == list(range(N))
+    assert all(torch.equal(v, before[k]) for k, v in encoder.model.state_dict().items())
+
+
+def test_costs_are_reported_in_full():
+    encoder = open_clip_encoder()
+    plan = make_plan(encoder.model, ratios=[0.1, 0.2])
+    found = evaluator(encoder, plan)
+    told: list[float] = []
+    found.baseline(told.append)
+    assert sum(told) == pytest.approx(found.cost_of_baseline)
+    for matrix in plan.matrices:
+        told.clear()
+        candidates = list(plan.candidates(matrix))
+        found.candidates(candidates, told.append)
+        assert sum(told) == pytest.approx(sum(map(found.cost, candidates)))
+
+
+def test_half_precision_is_refused():
+    encoder = open_clip_encoder(torch.bfloat16)
+    plan = make_plan(encoder.model)
+    with pytest.raises(ModelError, match="expected a model in float32.*bfloat16"):
+        evaluator(encoder, plan)
+
+
+def test_too_little_memory_is_said():
+    encoder = open_clip_encoder()
+    plan = make_plan(encoder.model)
+    assert "decoded and run again" in evaluator(encoder, plan, memory=0).notes[0]
+    assert not evaluator(encoder, plan).notes
+
+
+def test_exact_products_and_restored_settings():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = True
+    try:
+        with exact():
+            assert not matmul.allow_tf32
+            assert not torch.is_grad_enabled()
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+
+
+# ------------------------------------------------------------------------------------ prefix
+
+
+class Adder:
+    """Block i adds 10^i, times what its weight has become."""
+
+    depth = 6
+
+    def __init__(self) -> None:
+        self.weights = [1] * self.depth
+        self.runs = 0
+
+    def block(self, index: int, state: Tensor) -> Tensor:
+        self.runs += 1
+        return state + self.weights[index] * 10**index
+
+
+@pytest.mark.parametrize("every", [0, 1, 2, 4, 6])
+def test_prefix_is_right_after_any_change(every):
+    tower = Adder()
+    prefix = Prefix(tower, lambda chunk: torch.tensor(chunk * 10**6), every)
+    g = torch.Generator().manual_seed(every)
+    for _ in range(200):
+        layer, chunk, kind = (int(torch.randint(6, (1,), generator=g)) for _ in range(3))
+        if kind == 0:
+            tower.weights[layer] += 1
+            prefix.changed(layer)
+        elif kind == 1:
+            prefix.drop(chunk)
+        expected = chunk * 10**6 + sum(w * 10**i for i, w in enumerate(tower.weights[:layer]))
+        assert int(prefix.input(layer, chunk)) == expected
+
+
+def test_prefix_runs_no_block_twice_when_everything_is_kept():
+    tower = Adder()
+    prefix = Prefix(tower, lambda chunk: torch.zeros(1), 1)
+    for layer in (5, 4, 3, 2, 1, 0):
+        prefix.input(layer, 0)
+        prefix.changed(layer)
+    assert tower.runs == 5
+
+
+def test_spacing_stays_within_the_budget():
+    for depth in (1, 3, 12, 24):
+        for places in range(depth + 2):
+            every = spacing(depth, 10, places * 10 + 5)
+            kept = len(range(0, depth, every)) if every else 0
+            assert kept <= places
+            assert bool(every) == bool(places)
+
+
+def test_bytes_of_counts_nested_tensors():
+    state = {"a": torch.zeros(3), "b": (torch.zeros(2, dtype=torch.float64), [torch.zeros(1)])}
+    assert bytes_of(state) == 12 + 16 + 4
