@@ -57,6 +57,7 @@ class Recipe:
         model: name, fingerprint, dtype, ``matrices`` (address to [out, in] of each pick) and
             ``stages`` of a Swin; empty if no model was there (the authors' lists).
         search: settings, objective, partition, values, images; JSON values.
+        fastood: version that wrote the file.
     Raises:
         ValueError: no picks, two of one matrix, an unknown part.
     """
@@ -66,6 +67,7 @@ class Recipe:
     seed: int = 0
     model: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
+    fastood: str = __version__
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "picks", tuple(as_pick(pick) for pick in self.picks))
@@ -192,6 +194,7 @@ class Recipe:
             content.get("seed", 0),
             content.get("model", {}),
             content.get("search", {}),
+            str(content.get("fastood", "")),
         )
 
     # -- telling ---------------------------------------------------------------------------
@@ -226,7 +229,7 @@ class Recipe:
         content = {
             "format": FORMAT,
             "version": VERSION,
-            "fastood": __version__,
+            "fastood": self.fastood,
             "model": dict(self.model),
             "picks": [asdict(pick) for pick in self.picks],
             "part": self.part,

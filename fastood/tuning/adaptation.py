@@ -21,11 +21,11 @@ class Adapted:
     """A model with its adaptations.
 
     Attributes:
-        encoder: with changed towers where an adaptation changes them (LoRA); its fingerprint then
-            is another, so that texts are encoded again and caches do not mix.
+        encoder: with changed towers where an adaptation changes them (LoRA, SeTAR); its fingerprint
+            then is another, so that texts are encoded again and caches do not mix.
         head: turns features into similarities (CoOp, Tip-Adapter, ...), or None: class prompts do.
         class_names: of the head, in its order; None without a head.
-        made_of: for each file what it is: method, settings, training, digest.
+        made_of: for each file what it is: method, settings, training or search, digest.
     """
 
     encoder: Encoder
@@ -41,11 +41,13 @@ def adapt(encoder: Encoder, files: Sequence[str | os.PathLike[str]]) -> Adapted:
     trained on what the files before it make of the model, and says so in its fingerprint.
 
     Args:
-        files: what ``fastood train`` or ``save_method`` wrote.
+        files: what ``fastood train`` or ``save_method`` wrote; recipes of ``fastood search setar``;
+            JSON files with the ``lora_settings`` of SeTAR's authors.
     Raises:
         ModelError: a file for another backbone, with both sides printed; one behind a head.
         DataError: a file that is missing, damaged or none of ours.
     """
+    from fastood.setar.recipe import Recipe, is_recipe
     from fastood.tuning.state import load_method, read_header
 
     head, names, last = None, None, None
@@ -57,8 +59,11 @@ def adapt(encoder: Encoder, files: Sequence[str | os.PathLike[str]]) -> Adapted:
                 "classes; give the files that change towers first, and one such file last"
             )
         header = read_header(file)
-        method = load_method(file, encoder)
         made_of.append({"file": os.fspath(file), **header.summary()})
+        if is_recipe(file):
+            encoder = Recipe.read(file).apply(encoder)
+            continue
+        method = load_method(file, encoder)
         if method.changes_towers:
             encoder = method.adapted(encoder)
         else:

@@ -17,15 +17,19 @@ from torch import Tensor
 from fastood._version import __version__
 from fastood.atomic import replacing
 from fastood.errors import DataError, ModelError
+from fastood.setar.recipe import Recipe, is_recipe
 from fastood.tuning.registry import METHODS, method_class
 
 if TYPE_CHECKING:
     from fastood.models.base import Encoder
     from fastood.tuning.method import Method
 
-__all__ = ["FORMAT", "VERSION", "Header", "load_method", "read_header", "save_method"]
+__all__ = ["FORMAT", "RECIPE", "VERSION", "Header", "load_method", "read_header", "save_method"]
 
 FORMAT, VERSION = "fastood-adaptation", 1
+
+RECIPE = "setar"
+"""What a SeTAR recipe is called among methods; it has nothing trained."""
 
 _KEYS = ("format", "version", "method", "settings", "class_names", "encoder", "digest")
 
@@ -35,12 +39,12 @@ class Header:
     """What a saved method says of itself.
 
     Attributes:
-        method: its name in ``METHODS``.
-        settings: with which ``Method.build`` makes it again.
-        class_names: the K classes, in order.
+        method: its name in ``METHODS``; ``"setar"`` for a recipe.
+        settings: with which ``Method.build`` makes it again; of a recipe what it drops.
+        class_names: the K classes, in order; a recipe has none.
         encoder: name, fingerprint, embed_dim, logit_scale and dtype of the network it was trained
             on.
-        training: what the training loop noted: recipe, seed, history.
+        training: what the training loop noted: recipe, seed, history; or a search.
         digest: of the saved numbers.
         created: UTC, ISO 8601.
         fastood: version that wrote the file.
@@ -58,7 +62,7 @@ class Header:
     @property
     def has_head(self) -> bool:
         """Whether it scores its own classes; otherwise it changes towers, for any classes."""
-        return not method_class(self.method).changes_towers
+        return self.method != RECIPE and not method_class(self.method).changes_towers
 
     def summary(self) -> dict[str, Any]:
         """JSON values for provenance: everything but the names, of which the number."""
@@ -127,12 +131,12 @@ def save_method(
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """What a saved method says of itself; no model is needed.
+    """What a saved method, or a SeTAR recipe, says of itself; no model is needed.
 
     Raises:
         DataError: a file that is missing, damaged, none of ours or from a newer version.
     """
-    return _read(path)[0]
+    return _of_recipe(Recipe.read(path)) if is_recipe(path) else _read(path)[0]
 
 
 def load_method(
@@ -168,6 +172,23 @@ def load_method(
 
 
 # ------------------------------------------------------------------------------ reading
+
+
+def _of_recipe(recipe: Recipe) -> Header:
+    return Header(
+        method=RECIPE,
+        settings={
+            "picks": [[p.tower, p.kind, p.layer, p.ratio] for p in recipe.changes],
+            "part": recipe.part,
+            "seed": recipe.seed,
+        },
+        class_names=(),
+        encoder=recipe.model,
+        training={"objective": recipe.objective, "search": recipe.search},
+        digest=recipe.digest,
+        created=str(recipe.search.get("created", "")),
+        fastood=recipe.fastood,
+    )
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
