@@ -5,7 +5,8 @@
 
 ``load_model`` reads open_clip names, local checkpoints, Hugging Face and timm models and the tiny
 model that ships with the package. A network you built yourself becomes an encoder with
-``OpenClipEncoder``, ``HFEncoder``, ``TimmEncoder`` or, for anything else, ``CallableEncoder``.
+``OpenClipEncoder``, ``HFEncoder``, ``HFClassifierEncoder``, ``TimmEncoder`` or, for anything else,
+``CallableEncoder``.
 
 Features you already have need no encoder: hand the tensors to ``fastood.scores`` (or keep them in
 a ``fastood.features.FeatureSet``), with the text features as a ``ClassBank``.
@@ -17,6 +18,7 @@ from fastood.models.base import Encoder, ImageFeatures, TextSupport
 from fastood.models.catalogue import ModelInfo, list_models
 from fastood.models.custom import CallableEncoder
 from fastood.models.hf import HFEncoder
+from fastood.models.hf_classifier import HFClassifierEncoder
 from fastood.models.load import load_model
 from fastood.models.openclip import OpenClipEncoder
 from fastood.models.timm_classifier import TimmEncoder
@@ -24,6 +26,7 @@ from fastood.models.timm_classifier import TimmEncoder
 __all__ = [
     "CallableEncoder",
     "Encoder",
+    "HFClassifierEncoder",
     "HFEncoder",
     "ImageFeatures",
     "ModelInfo",

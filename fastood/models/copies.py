@@ -15,8 +15,9 @@ def copy_encoder(encoder: Encoder, *, name: str | None = None) -> Encoder:
     """An encoder of its own weights, equal to ``encoder`` now.
 
     Raises:
-        ModelError: for anything but open_clip and Hugging Face models.
+        ModelError: for anything but open_clip, Hugging Face and timm models.
     """
+    from fastood.models.classifier import ClassifierEncoder
     from fastood.models.hf import HFEncoder
     from fastood.models.openclip import OpenClipEncoder
 
@@ -33,7 +34,11 @@ def copy_encoder(encoder: Encoder, *, name: str | None = None) -> Encoder:
     if isinstance(encoder, HFEncoder):
         model = copy.deepcopy(encoder.model)
         return HFEncoder(model, encoder.preprocess, encoder.tokenizer, **options)
+    if isinstance(encoder, ClassifierEncoder):
+        kind: Any = type(encoder)
+        model = copy.deepcopy(encoder.model)
+        return kind(model, encoder.preprocess, class_names=encoder.class_names, **options)
     raise ModelError(
-        f"{encoder.name}: LoRA and SeTAR change open_clip and Hugging Face CLIPs, got a "
-        f"{type(encoder).__name__}"
+        f"{encoder.name}: LoRA and SeTAR change open_clip and Hugging Face CLIPs, SeTAR also "
+        f"classifiers of timm and Hugging Face; got a {type(encoder).__name__}"
     )

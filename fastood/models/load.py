@@ -45,7 +45,8 @@ def load_model(
     ``ViT-B-16``            the architecture, with ``checkpoint="weights.safetensors"``
     a folder                ``open_clip_config.json`` or a Hugging Face ``config.json`` and weights
     ``hf-hub:org/name``     a Hub repository in open_clip format
-    ``hf:org/name``         a Hugging Face ``CLIPModel`` or ``SiglipModel``; also ``hf:folder``
+    ``hf:org/name``         a Hugging Face ``CLIPModel`` or ``SiglipModel``, or an image classifier
+                            (``...ForImageClassification``); also ``hf:folder``
     ``timm:resnet50.a1_in1k``  a timm classifier, for scores on its own classes
     ``fastood-tiny``        the small model that ships with fastood; never needs a network
     ======================  ========================================================================
@@ -100,10 +101,14 @@ def load_model(
     folder = Path(name.removeprefix("hf:").removeprefix("local-dir:"))
     if name.startswith("hf:") or (folder / "config.json").is_file():
         from fastood.models.hf import load_hf
+        from fastood.models.hf_classifier import is_classifier, load_hf_classifier
 
         _refuse(name, checkpoint=path, pretrained=None if pretrained == "random" else pretrained)
         source = name.removeprefix("hf:")
         random = pretrained == "random"
+        if is_classifier(source, cache_dir=cache_dir):
+            _refuse(name, tokenizer=tokenizer)
+            return load_hf_classifier(source, name=name, random=random, **common)
         return load_hf(source, name=name, random=random, tokenizer=tokenizer, **common)
     return _open_clip(
         name, folder, pretrained, path, quick_gelu, {**common, "tokenizer": tokenizer}

@@ -1,57 +1,24 @@
-"""timm image classifiers: features before the head, and the head as class similarities."""
+"""timm image classifiers (optional dependency)."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastood.errors import ModelError
 from fastood.models import files
-from fastood.models.base import Encoder, ImageFeatures
+from fastood.models.classifier import ClassifierEncoder, ClassifierHead
 from fastood.models.common import module_device, module_dtype, seeded
 from fastood.models.fingerprint import Fingerprint, describe_callable
-
-if TYPE_CHECKING:
-    from fastood.scores.bank import Similarities
 
 __all__ = ["ClassifierHead", "TimmEncoder", "load_timm"]
 
 
-class ClassifierHead:
-    """The last layer of a classifier as a head: its logits stand where cosines stand for CLIP.
-
-    ``logit_scale`` is 1, so at tau = 1 ``mcm`` and ``msp`` are both the maximum softmax
-    probability and ``energy`` is the log-sum-exp of the logits.
-    """
-
-    logit_scale = 1.0
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = copy.deepcopy(layer).float().eval()
-
-    @torch.no_grad()
-    def similarities(self, features: Tensor, local: Tensor | None = None) -> Similarities:
-        """Logits (B, K) in float32 of features (B, D).
-
-        Raises:
-            ValueError: if local features are given; a classifier has none.
-        """
-        from fastood.scores.bank import Similarities
-
-        if local is not None:
-            raise ValueError("local: a classifier head has no local features, got a tensor")
-        weight = next(self.layer.parameters())
-        if weight.device != features.device:
-            self.layer = self.layer.to(features.device)
-        return Similarities(image=self.layer(features.float()))
-
-
-class TimmEncoder(Encoder):
+class TimmEncoder(ClassifierEncoder):
     """A timm classifier. There are no text and no local features: classes are the head's own.
 
     Args:
@@ -85,9 +52,7 @@ class TimmEncoder(Encoder):
         self.preprocess: Callable[[Any], Tensor] = preprocess
         self.preprocess_id = preprocess_id or describe_callable(preprocess)
         self.class_names = None if class_names is None else tuple(class_names)
-        self.no_local = "timm classifiers have no joint space for their patches"
-        self._size = tuple(config["input_size"])
-        self._head, self.embed_dim = self._find_head()
+        self._find_head(config["input_size"])
         pretrained = getattr(model, "pretrained_cfg", None) or {}
         self._fingerprint = Fingerprint(
             model,
@@ -98,45 +63,17 @@ class TimmEncoder(Encoder):
             },
         )
 
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint()
-
-    @torch.no_grad()
-    def encode_image(self, pixels: Tensor, *, local: bool = False) -> ImageFeatures:
-        pixels = self._checked(pixels, local=local)
-        if not len(pixels):
-            return self._nothing(local=local)
-        return ImageFeatures(self._features(pixels))
-
-    def head(self) -> ClassifierHead:
-        """The classifier's own head."""
-        return self._head
+    def classifier(self) -> nn.Module:
+        layer = self.model.get_classifier()
+        if not isinstance(layer, nn.Module) or isinstance(layer, nn.Identity):
+            raise ModelError(f"{self.name} has no classifier; use CallableEncoder for its features")
+        return layer
 
     def _features(self, pixels: Tensor) -> Tensor:
         return self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
 
-    @torch.no_grad()
-    def _find_head(self) -> tuple[ClassifierHead, int]:
-        """The last layer, once checked to turn the features into the model's logits."""
-        layer = self.model.get_classifier()
-        if not isinstance(layer, nn.Module) or isinstance(layer, nn.Identity):
-            raise ModelError(f"{self.name} has no classifier; use CallableEncoder for its features")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            pixels = torch.randn(1, *self._size).to(self.device, self.dtype)
-        features = self._features(pixels)
-        logits = self.model(pixels)
-        again = layer(features)
-        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
-        if again.shape != logits.shape or not torch.allclose(
-            again.float(), logits.float(), rtol=tolerance, atol=tolerance
-        ):
-            raise ModelError(
-                f"{self.name}: its last layer does not map the pre-logits to the logits "
-                f"(a distilled or multi-head classifier?); wrap its logits in CallableEncoder"
-            )
-        return ClassifierHead(layer), int(features.shape[-1])
+    def _logits(self, pixels: Tensor) -> Tensor:
+        return self.model(pixels)
 
 
 def _data_config(model: Any) -> dict[str, Any]:
