@@ -1,0 +1,1 @@
+"""Towers of encoders, taken apart for a search over their weights."""
