@@ -38,8 +38,8 @@ from fastood.setar.objective import Objective, Tally, Value
 from fastood.setar.plan import Candidate, Plan
 from fastood.setar.prefix import Prefix, bytes_of, spacing
 from fastood.setar.tails import Tails
-from fastood.setar.towers import image_tower
-from fastood.setar.towers.base import ImageTower, Seen
+
+from fastood.setar.towers.base import ImageTower, Seen, image_tower
 from fastood.setar.towers.text import TextParts
 from fastood.tuning.room import free_memory, size_text
 

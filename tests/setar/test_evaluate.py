@@ -24,7 +24,13 @@ PROMPTS = [[f"a photo of a {w}" for w in WORDS], [f"{w}." for w in WORDS]]
 LABELS = torch.tensor([0, 3, 1, 2, 0, 1, 3])
 
 
-@pytest.fixture(params=[open_clip_encoder, hf_encoder], ids=["open_clip", "hugging face"])
+def deep_encoder() -> Encoder:
+    return open_clip_encoder(image=tiny.vision(layers=5), text={"layers": 3})
+
+
+@pytest.fixture(
+    params=[open_clip_encoder, hf_encoder, deep_encoder], ids=["open_clip", "hugging face", "deep"]
+)
 def encoder(request) -> Encoder:
     return request.param()
 
@@ -77,9 +83,15 @@ def near(a: Value, b: Value) -> bool:
     return bool(close.all()) and a.ood_patches == b.ood_patches and a.accuracy == b.accuracy
 
 
-@pytest.mark.parametrize("kind", ["up", "down", "q", "k", "v", "o"])
-@pytest.mark.parametrize("order", ["image_text", "text_image", "interleaved"])
-def test_candidates_are_those_of_whole_models(encoder, kind, order):
+@pytest.mark.parametrize(
+    ("order", "kind"),
+    [
+        *(("image_text", kind) for kind in ("up", "down", "q", "k", "v", "o")),
+        ("text_image", "up"),
+        ("interleaved", "up"),
+    ],
+)
+def test_candidates_are_those_of_whole_models(encoder, order, kind):
     """Every visit, every candidate, after accepted changes at earlier visits."""
     if order == "interleaved" and _depths(encoder) != 1:
         pytest.skip("towers of unequal depth")
@@ -126,7 +138,7 @@ def test_memory_and_chunks_change_nothing(encoder, order):
     need = evaluator(encoder, plan).describe()["input_bytes"]
     spacings = set()
     for memory in (0, need, 2 * need, 10**9):
-        for chunk in (1, 3, 7):
+        for chunk in (2, 7):
             found = evaluator(encoder, plan, memory=memory, chunk=chunk)
             run = [found.baseline()]
             for matrix in plan.matrices:
@@ -135,8 +147,7 @@ def test_memory_and_chunks_change_nothing(encoder, order):
                 if order != "single":
                     found.accept(candidates[-1])
             values[memory, chunk] = run
-            spacings.add(found.describe()["every"])
-    first = values.pop((0, 1))
+    first = values.pop((0, 2))
     for run in values.values():
         assert all(near(a, b) for a, b in zip(first, run, strict=True))
     assert len(spacings) > 1 or order != "image_text"
@@ -206,12 +217,12 @@ def test_costs_are_reported_in_full():
 def test_half_precision_is_refused():
     encoder = open_clip_encoder(torch.bfloat16)
     plan = make_plan(encoder.model)
-    with pytest.raises(ModelError, match="expected a model in float32.*bfloat16"):
+    with pytest.raises(ModelError, match=r"expected a model in float32.*bfloat16"):
         evaluator(encoder, plan)
 
 
 def test_too_little_memory_is_said():
-    encoder = open_clip_encoder()
+    encoder = deep_encoder()
     plan = make_plan(encoder.model)
     assert "decoded and run again" in evaluator(encoder, plan, memory=0).notes[0]
     assert not evaluator(encoder, plan).notes
