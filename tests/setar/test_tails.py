@@ -57,6 +57,7 @@ def test_counts_come_sorted_once_each_and_inputs_stay():
     assert gap(results[-1], y - x @ w.T) < tolerances.TAILS_F64_RTOL
     # rows with gaps, as one token of each image has
     wide = draw(7, 3, 8, seed=1)
+    tails = Tails.of(LowRankBasis(w), [2, 5], dtype=torch.float64, device="cpu")
     again = [r.clone() for r in tails.results(wide[:, :1], (wide[:, :1] @ w.T))]
     full = [r.clone() for r in tails.results(wide, wide @ w.T)]
     for a, b in zip(again, full, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,6 @@ from torch import Tensor
 from fastood.errors import ModelError
 from fastood.models import CallableEncoder, HFEncoder, OpenClipEncoder
 from fastood.models.base import Encoder
-from fastood.models.copies import copy_encoder
 from fastood.models.matrices import KINDS, Matrix, find
 from fastood.setar.lowrank import LowRankBasis
 from fastood.setar.tails import Tails
@@ -73,18 +74,23 @@ def matrices(encoder: Encoder, tower: str) -> list[Matrix]:
     return list(find(encoder.text_module(), towers=tower))
 
 
-def dropped(encoder: Encoder, matrix: Matrix, count: int) -> Encoder:
-    """A model of its own that has the candidate's weight."""
-    other = copy_encoder(encoder)
-    weight = matrix.weight(other.text_module())
-    with torch.no_grad():
-        weight.copy_(LowRankBasis(weight.detach()).drop(count))
-    return other
-
-
-def tails_of(encoder: Encoder, matrix: Matrix, counts: tuple[int, ...] = COUNTS) -> Tails:
+@contextmanager
+def dropped(encoder: Encoder, matrix: Matrix, basis: LowRankBasis, count: int, **how):
+    """``encoder`` with the candidate's weight inside the block."""
     weight = matrix.weight(encoder.text_module())
-    return Tails.of(LowRankBasis(weight), counts, dtype=encoder.dtype, device="cpu")
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.copy_(basis.drop(count, **how))
+        yield encoder
+        weight.copy_(before)
+
+
+def basis_of(encoder: Encoder, matrix: Matrix) -> LowRankBasis:
+    return LowRankBasis(matrix.weight(encoder.text_module()))
+
+
+def tails_of(encoder: Encoder, basis: LowRankBasis, counts: tuple[int, ...] = COUNTS) -> Tails:
+    return Tails.of(basis, counts, dtype=encoder.dtype, device="cpu")
 
 
 def rtol(encoder: Encoder) -> float:
@@ -147,11 +153,13 @@ def test_candidates_of_the_image_tower(make, kind):
     for matrix in matrices(encoder, "image"):
         if matrix.kind != kind:
             continue
-        found = seen_by(tower, matrix, tails_of(encoder, matrix), PIXELS)
+        basis = basis_of(encoder, matrix)
+        found = seen_by(tower, matrix, tails_of(encoder, basis), PIXELS)
         assert len(found) == len(COUNTS)
         plain = encoder.encode_image(PIXELS, local=True)
         for count, seen in zip(COUNTS, found, strict=True):
-            want = dropped(encoder, matrix, count).encode_image(PIXELS, local=True)
+            with dropped(encoder, matrix, basis, count):
+                want = encoder.encode_image(PIXELS, local=True)
             assert close(encoder, seen.image, want.image), (matrix.address, count)
             assert close(encoder, seen.local, want.local), (matrix.address, count)
             assert not close(encoder, seen.image, plain.image)
@@ -165,8 +173,10 @@ def test_candidates_of_the_image_tower_in_float32(make):
     encoder = make(dtype=torch.float32)
     tower = image_tower(encoder)
     for matrix in matrices(encoder, "image"):
-        found = seen_by(tower, matrix, tails_of(encoder, matrix, (5,)), PIXELS)
-        want = dropped(encoder, matrix, 5).encode_image(PIXELS, local=True)
+        basis = basis_of(encoder, matrix)
+        found = seen_by(tower, matrix, tails_of(encoder, basis, (5,)), PIXELS)
+        with dropped(encoder, matrix, basis, 5):
+            want = encoder.encode_image(PIXELS, local=True)
         assert close(encoder, found[0].image, want.image), matrix.address
         assert close(encoder, found[0].local, want.local), matrix.address
 
@@ -180,10 +190,8 @@ def test_random_and_principal_parts_go_through_the_tower():
         tails = Tails.of(basis, (3, 8), part=part, seed=5, dtype=torch.float64, device="cpu")
         found = seen_by(tower, matrix, tails, PIXELS)
         for count, seen in zip((3, 8), found, strict=True):
-            other = copy_encoder(encoder)
-            with torch.no_grad():
-                matrix.weight(other.model).copy_(basis.drop(count, part=part, seed=5))
-            want = other.encode_image(PIXELS, local=True)
+            with dropped(encoder, matrix, basis, count, part=part, seed=5):
+                want = encoder.encode_image(PIXELS, local=True)
             assert close(encoder, seen.image, want.image), part
             assert close(encoder, seen.local, want.local), part
 
@@ -282,15 +290,16 @@ def test_the_texts_are_the_models(make, prompts, dtype):
 def test_candidates_of_the_text_tower(make, kind):
     encoder = make()
     for prompts in (ONE, THREE):
-        text = TextParts(encoder, prompts)
-        plain = classes(encoder, prompts)
+        text, plain = TextParts(encoder, prompts), classes(encoder, prompts)
         for matrix in matrices(encoder, "text"):
             if matrix.kind != kind:
                 continue
-            found = features_of(text, matrix, tails_of(encoder, matrix))
+            basis = basis_of(encoder, matrix)
+            found = features_of(text, matrix, tails_of(encoder, basis))
             assert len(found) == len(COUNTS)
             for count, got in zip(COUNTS, found, strict=True):
-                want = classes(dropped(encoder, matrix, count), prompts)
+                with dropped(encoder, matrix, basis, count):
+                    want = classes(encoder, prompts)
                 assert close(encoder, got, want), (matrix.address, count)
                 assert not close(encoder, got, plain), matrix.address
 
@@ -364,7 +373,9 @@ def test_half_precision_is_refused():
 
 
 def test_encoders_without_parts_are_refused():
-    encoder = CallableEncoder(lambda x: x.flatten(1)[:, :8], tiny.blank, embed_dim=8)
+    encoder = CallableEncoder(
+        lambda x: x.flatten(1)[:, :8], tiny.blank, embed_dim=8, fingerprint="x"
+    )
     with refused("needs patch features"):
         image_tower(encoder)
     with refused("text tower cannot be taken apart: it has none"):
@@ -382,7 +393,7 @@ def test_matrices_of_other_layers_and_towers():
     tower, text = image_tower(encoder), TextParts(encoder, ONE)
     named = {m.address: m for m in find(encoder.model)}
     x, state = inputs(tower, PIXELS), states(text)
-    tails = tails_of(encoder, named["image.0.up"])
+    tails = tails_of(encoder, basis_of(encoder, named["image.0.up"]))
     for address in ("image.2.up", "image.proj", "text.0.up"):
         with pytest.raises(ValueError, match=r"image tower, layers 0\.\.1, got"):
             tower.variants(named[address], tails, x[0])
