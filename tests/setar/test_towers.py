@@ -374,7 +374,11 @@ def test_half_precision_is_refused():
 
 def test_encoders_without_parts_are_refused():
     encoder = CallableEncoder(
-        lambda x: x.flatten(1)[:, :8], tiny.blank, embed_dim=8, fingerprint="x"
+        lambda x: x.flatten(1)[:, :8],
+        tiny.blank,
+        embed_dim=8,
+        fingerprint="x",
+        preprocess_id="x",
     )
     with refused("needs patch features"):
         image_tower(encoder)
