@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,10 +57,12 @@ class ClassifierEncoder(Encoder):
     Attributes:
         model: the classifier, in evaluation mode.
         class_names: names of the head's classes, or None where they are not known.
+        input_size: (3, H, W) of the images it was made for.
     """
 
     model: Any
     class_names: tuple[str, ...] | None = None
+    input_size: tuple[int, int, int]
     no_local = "classifiers have no joint space for their patches"
 
     @property
@@ -95,18 +96,16 @@ class ClassifierEncoder(Encoder):
     _head: ClassifierHead
 
     @torch.no_grad()
-    def _find_head(self, size: Sequence[int]) -> None:
+    def _find_head(self) -> None:
         """Fill ``embed_dim`` and the head, once the last layer is seen to make the model's logits.
 
-        Args:
-            size: (3, H, W) of an image to try it on.
         Raises:
             ModelError: if it makes other logits.
         """
         layer = self.classifier()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            pixels = torch.randn(1, *size).to(self.device, self.dtype)
+            pixels = torch.randn(1, *self.input_size).to(self.device, self.dtype)
         features = self._features(pixels)
         logits = self._logits(pixels)
         again = layer(features)

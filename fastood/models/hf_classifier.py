@@ -75,7 +75,8 @@ class HFClassifierEncoder(ClassifierEncoder):
         self.device, self.dtype = module_device(model), module_dtype(model)
         names = _class_names(config) if class_names is None else class_names
         self.class_names = None if names is None else tuple(names)
-        self._find_head((3, *_size(config)))
+        self.input_size = (3, *_size(config))
+        self._find_head()
         self._fingerprint = Fingerprint(
             model,
             {

@@ -52,7 +52,8 @@ class TimmEncoder(ClassifierEncoder):
         self.preprocess: Callable[[Any], Tensor] = preprocess
         self.preprocess_id = preprocess_id or describe_callable(preprocess)
         self.class_names = None if class_names is None else tuple(class_names)
-        self._find_head(config["input_size"])
+        self.input_size = tuple(config["input_size"])
+        self._find_head()
         pretrained = getattr(model, "pretrained_cfg", None) or {}
         self._fingerprint = Fingerprint(
             model,

@@ -1,0 +1,268 @@
+"""Swin classifiers of timm and Hugging Face, versions 1 and 2.
+
+Patches have no path of their own in a Swin, so SeTAR gives them GL-MCM's: in the last block every
+token keeps its own value (its attention matrix is the identity; windows and shifts then change
+nothing), passes the MLP and the final norm, and the classifier is applied to it as it is. All
+tokens are pooled for the image, so unlike in a CLIP the last block runs whole; behind its attention
+both paths run as one batch.
+
+Between stages the map is halved. Here that belongs to the last block of a stage in both libraries,
+so that what is kept between blocks is the smaller map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastood.errors import ModelError
+from fastood.models.classifier import ClassifierEncoder
+from fastood.models.matrices import Matrix, swin_layers
+from fastood.setar.tails import Tails
+from fastood.setar.towers.base import (
+    ImageTower,
+    Seen,
+    check_matrix,
+    check_precision,
+    compare,
+    input_of,
+)
+from fastood.setar.towers.swin_blocks import SwinBlock, swin_block
+
+__all__ = ["SwinTower"]
+
+
+class SwinTower(ImageTower):
+    """The Swin of a classifier; x_i is a map (b, H, W, C), smaller and wider with every stage.
+
+    W_up, W_down and W_o candidates start after the heads, W_q, W_k and W_v run the attention of
+    their block once each, with the weight in the module meanwhile: nothing else may use the model
+    at that time.
+
+    Raises:
+        ModelError: for other networks, half precision, or if the parts do not give the model's
+            own features on an image of noise; with the reason.
+    """
+
+    def __init__(self, encoder: ClassifierEncoder) -> None:
+        self.name, self._model = encoder.name, encoder.model
+        self._device, self._dtype = encoder.device, encoder.dtype
+        check_precision(encoder)
+        if not swin_layers(self._model):
+            raise ModelError(
+                f"{encoder.name}: of classifiers SeTAR knows the Swin Transformers of timm and "
+                f"Hugging Face, got a {type(self._model).__name__}"
+            )
+        classifier = encoder.classifier()
+        if not isinstance(classifier, nn.Linear):
+            raise self._unknown(f"its classifier is a {type(classifier).__name__}")
+        self._classifier = classifier
+        hugging_face = hasattr(self._model, "swinv2") or hasattr(self._model, "swin")
+        parts = _hugging_face(self._model) if hugging_face else _timm(self._model)
+        self._entry, blocks, self._halve, self._norm, self._pool, self._map = parts
+        self._blocks = [self._known(block) for block in blocks]
+        self.depth = len(self._blocks)
+        self._check(encoder)
+
+    @torch.no_grad()
+    def start(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self._device, self._dtype)
+        x = input_of(self._entry, lambda: self._model(pixels)).detach()
+        return self._map(x, pixels)
+
+    @torch.no_grad()
+    def block(self, index: int, x: Tensor) -> Tensor:
+        return self._next(index, self._blocks[:-1][index].forward(x))
+
+    def variants(self, matrix: Matrix, tails: Tails, x: Tensor) -> Iterator[Tensor]:
+        check_matrix(matrix, "image", range(self.depth - 1))
+        return self._variants(matrix, tails, x)
+
+    @torch.no_grad()
+    def _variants(self, matrix: Matrix, tails: Tails, x: Tensor) -> Iterator[Tensor]:
+        assert matrix.layer is not None
+        for y in self._candidates(matrix, tails, x, both=False):
+            yield self._next(matrix.layer, y)
+
+    @torch.no_grad()
+    def seen(self, x: Tensor) -> Seen:
+        last = self._blocks[-1]
+        return self._cut(last.feed(_after(last, x, both=True)))
+
+    def seen_variants(self, matrix: Matrix, tails: Tails, x: Tensor) -> Iterator[Seen]:
+        check_matrix(matrix, "image", range(self.depth - 1, self.depth))
+        return self._seen_variants(matrix, tails, x)
+
+    @torch.no_grad()
+    def _seen_variants(self, matrix: Matrix, tails: Tails, x: Tensor) -> Iterator[Seen]:
+        if matrix.kind in ("q", "k"):  # patches do not ask
+            last = self._blocks[-1]
+            local = self._norm(last.feed(last.join(x, last.out(last.values(x))))).flatten(1, 2)
+            for y in self._candidates(matrix, tails, x, both=False):
+                yield Seen(self._pool(self._norm(y)), local)
+            return
+        for y in self._candidates(matrix, tails, x, both=True):
+            yield self._cut(y)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        bias = self._classifier.bias
+        return self._classifier.weight.detach(), None if bias is None else bias.detach()
+
+    def _candidates(
+        self, matrix: Matrix, tails: Tails, x: Tensor, *, both: bool
+    ) -> Iterator[Tensor]:
+        """Maps after the block of ``matrix``; ``both`` has those of the value path behind."""
+        assert matrix.layer is not None
+        block, kind = self._blocks[matrix.layer], matrix.kind
+        if kind in ("q", "k", "v"):
+            for weight in _weights(tails, matrix.weight(self._model)):
+                with self._replaced(matrix, weight):
+                    a = _after(block, x, both=both)
+                yield block.feed(a)
+        elif kind == "o":
+            heads = torch.cat([block.heads(x), block.values(x)]) if both else block.heads(x)
+            x = torch.cat([x, x]) if both else x
+            for mixed in tails.results(heads, block.out(heads)):
+                yield block.feed(block.join(x, mixed))
+        else:
+            a = _after(block, x, both=both)
+            given = block.enter(a)
+            y = block.fc(given)
+            if kind == "up":
+                for z in tails.results(given, y):
+                    yield block.leave(a, block.proj(block.act(z)))
+                return
+            inside = block.act(y)
+            for z in tails.results(inside, block.proj(inside)):
+                yield block.leave(a, z)
+
+    def _next(self, index: int, y: Tensor) -> Tensor:
+        halve = self._halve.get(index)
+        return y if halve is None else halve(y)
+
+    def _cut(self, both: Tensor) -> Seen:
+        """From maps of the main and of the value path."""
+        main, value = self._norm(both).chunk(2)
+        return Seen(self._pool(main), value.flatten(1, 2))
+
+    @contextmanager
+    def _replaced(self, matrix: Matrix, weight: Tensor) -> Iterator[None]:
+        """The module has ``weight`` in place of the matrix."""
+        owner = self._model.get_submodule(matrix.module)
+        own = owner._parameters.get(matrix.parameter)
+        if own is None:
+            raise ModelError(
+                f"{self.name}: {matrix.key} is computed from other parameters; merge them first"
+            )
+        other = own.detach().clone()
+        matrix.of(other).copy_(weight)
+        owner._parameters[matrix.parameter] = nn.Parameter(other, requires_grad=False)
+        try:
+            yield
+        finally:
+            owner._parameters[matrix.parameter] = own
+
+    def _known(self, module: nn.Module) -> SwinBlock:
+        block = swin_block(module)
+        if isinstance(block, str):
+            raise self._unknown(block)
+        return block
+
+    def _unknown(self, why: str) -> ModelError:
+        return ModelError(f"{self.name}: the image tower cannot be taken apart: {why}")
+
+    @torch.no_grad()
+    def _check(self, encoder: ClassifierEncoder) -> None:
+        noise = torch.randn(1, *encoder.input_size, generator=torch.Generator().manual_seed(0))
+        x = self.start(noise)
+        for i in range(self.depth - 1):
+            x = self.block(i, x)
+        compare(self.name, "image features", self.seen(x).image, encoder.encode_image(noise).image)
+        # tokens that are all alike get their own value whatever they attend to
+        last = self._blocks[-1]
+        if all(
+            size % window == 0 for size, window in zip(x.shape[1:3], last.window(), strict=True)
+        ):
+            alike = x[:, :1, :1].expand_as(x).contiguous()
+            main, value = _after(last, alike, both=True).chunk(2)
+            compare(self.name, "patch features", value, main)
+
+
+def _after(block: SwinBlock, x: Tensor, *, both: bool) -> Tensor:
+    """The map after attention; ``both`` has that of the value path behind it."""
+    mixed = block.mix(x)
+    if not both:
+        return block.join(x, mixed)
+    return block.join(torch.cat([x, x]), torch.cat([mixed, block.out(block.values(x))]))
+
+
+def _weights(tails: Tails, weight: Tensor) -> Iterator[Tensor]:
+    """The candidates' weights themselves: what they make of the unit vectors."""
+    units = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    for made in tails.results(units, weight.T):
+        yield made.T
+
+
+_Parts = tuple[
+    nn.Module,
+    list[nn.Module],
+    dict[int, Callable[[Tensor], Tensor]],
+    Callable[[Tensor], Tensor],
+    Callable[[Tensor], Tensor],
+    Callable[[Tensor, Tensor], Tensor],
+]
+"""First block, all blocks, what halves the map behind some of them, final norm, pooling to
+(b, C), and the map from what enters the first block and pixels."""
+
+
+def _timm(model: Any) -> _Parts:
+    stages = list(model.layers)
+    blocks = [block for stage in stages for block in stage.blocks]
+    halve: dict[int, Callable[[Tensor], Tensor]] = {}
+    index = 0
+    for here, following in pairwise(stages):
+        index += len(here.blocks)
+        halve[index - 1] = following.downsample
+
+    def pool(x: Tensor) -> Tensor:
+        return model.forward_head(x, pre_logits=True)
+
+    return blocks[0], blocks, halve, model.norm, pool, lambda x, _: x
+
+
+def _hugging_face(model: Any) -> _Parts:
+    body = model.swinv2 if hasattr(model, "swinv2") else model.swin
+    stages = list(body.encoder.layers)
+    blocks = [block for stage in stages for block in stage.blocks]
+    halve: dict[int, Callable[[Tensor], Tensor]] = {}
+    index = 0
+    for stage in stages:
+        index += len(stage.blocks)
+        if stage.downsample is not None:
+            halve[index - 1] = _on_rows(stage.downsample)
+    size = model.config.patch_size
+    patch = (size, size) if isinstance(size, int) else tuple(size)
+
+    def pool(x: Tensor) -> Tensor:
+        return body.pooler(x.flatten(1, 2).transpose(1, 2)).flatten(1)
+
+    def to_map(x: Tensor, pixels: Tensor) -> Tensor:
+        # images are padded to whole patches
+        height = -(-pixels.shape[-2] // patch[0])
+        return x.unflatten(1, (height, -1))
+
+    return blocks[0], blocks, halve, body.layernorm, pool, to_map
+
+
+def _on_rows(downsample: Any) -> Callable[[Tensor], Tensor]:
+    def halve(x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        rows = downsample(x.flatten(1, 2), (height, width))
+        return rows.unflatten(1, ((height + 1) // 2, (width + 1) // 2))
+
+    return halve
