@@ -16,6 +16,7 @@ from fastood.cli.about import cache_app, info, models
 from fastood.cli.build import build
 from fastood.cli.evaluate import demo, evaluate, report
 from fastood.cli.screen import calibrate, score
+from fastood.cli.search import search_app
 from fastood.cli.train import train
 from fastood.errors import FastoodError
 
@@ -48,6 +49,7 @@ app.command("demo")(demo)
 app.command("models")(models)
 app.command("build")(build)
 app.command("info")(info)
+app.add_typer(search_app, name="search")
 app.add_typer(cache_app, name="cache")
 
 

@@ -25,6 +25,7 @@ from fastood.models.common import (
 )
 from fastood.models.fingerprint import Fingerprint, describe_callable
 from fastood.prompts.packed import TextPass
+from fastood.scores.inputs import working
 
 __all__ = ["HFEncoder", "ProcessorTransform", "load_hf"]
 
@@ -90,7 +91,7 @@ class HFEncoder(Encoder):
         vision, text = config.vision_config, config.text_config
         self._clip = kind == "clip"
         self.embed_dim = int(config.projection_dim if self._clip else vision.hidden_size)
-        self.logit_scale = float(self.model.logit_scale.detach().float().exp())
+        self.logit_scale = float(working(self.model.logit_scale.detach()).exp())
         bias = getattr(self.model, "logit_bias", None)
         self.logit_bias = 0.0 if bias is None else float(bias.detach().float())
         self.no_local = None if self._clip else _SIGLIP_LOCAL

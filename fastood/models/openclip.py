@@ -20,6 +20,7 @@ from fastood.models.common import (
 )
 from fastood.models.fingerprint import Fingerprint, describe_callable
 from fastood.prompts.packed import TextPass
+from fastood.scores.inputs import working
 
 __all__ = ["OpenClipEncoder"]
 
@@ -67,7 +68,7 @@ class OpenClipEncoder(Encoder):
         self.device = module_device(model)
         self.dtype = module_dtype(self.model.visual)
         scale, bias = self.model.logit_scale, getattr(self.model, "logit_bias", None)
-        self.logit_scale = float(scale.detach().float().exp())
+        self.logit_scale = float(working(scale.detach()).exp())
         self.logit_bias = 0.0 if bias is None else float(bias.detach().float())
         self.tokenizer = tokenizer
         self._warn = warn

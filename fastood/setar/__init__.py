@@ -1,4 +1,6 @@
-"""SeTAR: weights of a CLIP without some of their singular directions.
+"""SeTAR: weights of a CLIP without some of their singular directions, and the search for them.
+
+``search(encoder, images)`` finds a ``Recipe``; ``recipe.apply(encoder)`` makes the model.
 
     >>> import torch
     >>> from fastood.setar import low_rank
@@ -23,13 +25,27 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
         low_rank,
         truncated_svd,
     )
+    from fastood.setar.objective import Objective, Value
+    from fastood.setar.plan import Plan, make_plan
+    from fastood.setar.published import published
+    from fastood.setar.recipe import Pick, Recipe
+    from fastood.setar.search import Found, search
 
 __all__ = [
     "Factors",
+    "Found",
     "LowRankBasis",
+    "Objective",
+    "Pick",
+    "Plan",
+    "Recipe",
     "TruncatedSVD",
+    "Value",
     "count_of",
     "low_rank",
+    "make_plan",
+    "published",
+    "search",
     "truncated_svd",
 ]
 
@@ -42,6 +58,11 @@ _MODULES = {
         "low_rank",
         "truncated_svd",
     ),
+    "objective": ("Objective", "Value"),
+    "plan": ("Plan", "make_plan"),
+    "published": ("published",),
+    "recipe": ("Pick", "Recipe"),
+    "search": ("Found", "search"),
 }
 __getattr__ = lazy_names(__name__, _MODULES)
 

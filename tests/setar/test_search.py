@@ -1,0 +1,374 @@
+"""Whole searches: against the plain search, resumed, refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastood.data import load_images
+from fastood.data.imageset import ImageSet
+from fastood.errors import DataError, ModelError
+from fastood.models import OpenClipEncoder, load_model
+from fastood.setar import Objective, make_plan, published, search
+from fastood.setar.evaluate import Evaluator
+from fastood.setar.search import RECIPE
+from fastood.setar.table import CANDIDATES, SETTINGS
+from tests.models import tiny
+from tests.setar.plain_search import Plain, plain_search, top_down
+from tests.tolerances import SEARCH_F64_RTOL
+from tests.tuning.towers import open_clip_encoder
+
+NAMES = ["apple", "boat", "cat", "door", "egg"]
+SIZE = 24
+
+
+def preprocess(image: Image.Image) -> Tensor:
+    x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+    return (x.permute(2, 0, 1) - 0.45) * 4
+
+
+def encoder_of(seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> OpenClipEncoder:
+    """Random towers of four and three blocks whose weights have weak directions."""
+    found = open_clip_encoder(
+        dtype, image=tiny.vision(layers=4), text={"layers": 3}, custom=False, **options
+    )
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in found.model.named_parameters():
+            if p.ndim == 2 and "embedding" not in name:
+                u, s, v = torch.linalg.svd(
+                    torch.randn(p.shape, generator=g, dtype=torch.float64), full_matrices=False
+                )
+                s = s * torch.linspace(1, 0, len(s), dtype=torch.float64) ** 2
+                p.copy_((u * s) @ v * 0.7)
+        found.model.logit_scale.fill_(2.0)
+    return OpenClipEncoder(found.model, preprocess, tiny.TOKENIZER, preprocess_id="plain")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> ImageSet:
+    folder = tmp_path_factory.mktemp("id")
+    g = np.random.default_rng(0)
+    for name in NAMES:
+        (folder / name).mkdir()
+        for i in range(2):
+            noise = g.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((SIZE, SIZE)).save(folder / name / f"{i}.png")
+    return load_images(folder)
+
+
+def stacked(images: ImageSet) -> tuple[Tensor, Tensor]:
+    from fastood.data.decode import decode
+
+    pixels = torch.stack([preprocess(decode(item.read())) for item in images])
+    return pixels.double(), torch.tensor([item.label for item in images])
+
+
+def plainly(encoder, images, visits, **options) -> Plain:
+    pixels, labels = stacked(images)
+    prompts = [[f"a photo of a {name}" for name in NAMES]]
+    return plain_search(encoder, pixels, labels, prompts, visits, **options)
+
+
+OPTIONS = {"top_k": 2, "weight": 0.5, "batch_size": 4, "ratios": (0, 0.1, 0.25, 0.4)}
+PLAIN = {"top_k": 2, "weight": 0.5, "batches": (4, 4, 2), "ratios": (0, 0.1, 0.25, 0.4)}
+
+
+def visits_of(encoder, order: str, kind: str, projections: bool):
+    image = top_down(encoder.model, "image", kind, projection=projections)
+    text = top_down(encoder.model, "text", kind, projection=projections)
+    return {
+        "image_text": [*image, *text],
+        "text_image": [*text, *image],
+        "image": image,
+        "text": text,
+        "exhaustive": [*image, *text],
+    }[order]
+
+
+def check(found, expected: Plain) -> None:
+    ours = [(p.tower, p.kind, p.layer, p.ratio) for p in found.recipe.picks]
+    assert ours == expected.picks
+    assert found.final.loss == pytest.approx(expected.best.loss, rel=SEARCH_F64_RTOL)
+    theirs = {
+        (e.step + 1, e.tower, e.kind, e.layer, e.ratio): e for e in expected.evaluated if e.ratio
+    }
+    rows = [row for row in found.rows if row.matrix]
+    assert len(rows) == len(theirs)
+    for row in rows:
+        parts = row.matrix.split(".")
+        layer = int(parts[1]) if len(parts) == 3 else None
+        e = theirs[row.visit, parts[0], parts[-1], layer, row.ratio]
+        assert row.value.loss == pytest.approx(e.loss, rel=SEARCH_F64_RTOL)
+        assert row.value.patches == pytest.approx(e.patches, rel=SEARCH_F64_RTOL)
+        assert row.value.ood_patches == e.ood_patches
+
+
+@pytest.mark.parametrize(
+    ("order", "kind", "projections", "seed"),
+    [
+        ("image_text", "up", False, 0),
+        ("image_text", "up", True, 1),
+        ("image_text", "down", False, 2),
+        ("image_text", "q", False, 3),
+        ("image_text", "v", True, 4),
+        ("text_image", "up", True, 5),
+        ("image", "o", False, 6),
+        ("text", "k", False, 7),
+        ("exhaustive", "up", False, 8),
+    ],
+)
+def test_picks_and_losses_are_those_of_the_plain_search(images, order, kind, projections, seed):
+    encoder = encoder_of(seed)
+    found = search(encoder, images, order=order, kinds=kind, projections=projections, **OPTIONS)
+    visits = visits_of(encoder, order, kind, projections)
+    expected = plainly(encoder, images, visits, exhaustive=order == "exhaustive", **PLAIN)
+    check(found, expected)
+    if order == "image_text" and kind == "up":
+        assert len({p.ratio for p in found.recipe.picks}) > 1  # the comparison means something
+
+
+def test_the_partition_decides_and_global_is_one_batch(images):
+    encoder = encoder_of()
+    visits = visits_of(encoder, "image_text", "up", False)
+    found = search(encoder, images, partition="global", **{**OPTIONS, "batch_size": None})
+    check(found, plainly(encoder, images, visits, **{**PLAIN, "batches": (10,)}))
+    assert found.baseline.loss != search(encoder, images, **OPTIONS).baseline.loss
+
+
+def test_interleaved_goes_block_by_block():
+    plan = make_plan(open_clip_encoder().model, order="interleaved", projections=True)
+    assert [m.address for m in plan.matrices] == [
+        "image.proj", "text.proj", "image.1.up", "text.1.up", "image.0.up", "text.0.up",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="equal depth, got 4 image and 3 text"):
+        make_plan(encoder_of().model, order="interleaved")
+
+
+def test_single_changes_the_best_matrix_alone(images):
+    encoder = encoder_of()
+    found = search(encoder, images, order="single", kinds=["up", "down"], **OPTIONS)
+    best = min(found.rows, key=lambda row: row.value.loss)
+    assert [(p.address, p.count) for p in found.recipe.changes] == [(best.matrix, best.count)]
+    assert found.final == best.value
+    assert len(found.recipe.picks) == 2 * 7
+
+
+def test_the_recipe_makes_the_model_of_the_final_value(images):
+    """Picks applied to the model give the loss the search ended with."""
+    encoder = encoder_of()
+    found = search(encoder, images, **OPTIONS)
+    changed = found.recipe.apply(encoder)
+    again = search(changed, images, order="single", **{**OPTIONS, "ratios": (0.05,)})
+    assert again.baseline.loss == pytest.approx(found.final.loss, rel=SEARCH_F64_RTOL)
+    assert found.final.loss < found.baseline.loss
+
+
+def test_equal_ratios_and_those_that_round_to_nothing_are_tried_once(images):
+    encoder = encoder_of()
+    found = search(encoder, images, order="image", **{**OPTIONS, "ratios": (0, 0.001, 0.1, 0.101)})
+    assert len(found.rows) == 1 + 4  # 32 directions: 0, 0, 3, 3
+
+
+@pytest.mark.parametrize("metric", ["auroc", "aupr", "fpr"])
+def test_metrics_are_objectives(images, metric):
+    encoder = encoder_of()
+    found = search(encoder, images, metric=metric, score="mcm", order="image", **OPTIONS)
+    values = [row.value.objective for row in found.rows]
+    assert found.final.objective == (min if metric == "fpr" else max)(values)
+    assert all(row.value.scores["mcm"][metric] == row.value.objective for row in found.rows)
+
+
+# ------------------------------------------------------------------------------------ resuming
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_stopped_search_goes_on_with_the_same_result(images, tmp_path, monkeypatch):
+    encoder = encoder_of()
+    expected = search(encoder, images, out=tmp_path / "whole", **OPTIONS)
+    computed: list[str] = []
+    run = Evaluator.candidates
+
+    def failing(self, candidates, done=None):
+        if len(computed) % 3 == 2:
+            computed.append("stopped")
+            raise Stopped
+        computed.append(candidates[0].matrix.address)
+        return run(self, candidates, done)
+
+    monkeypatch.setattr(Evaluator, "candidates", failing)
+    found = None
+    while found is None:
+        try:
+            found = search(encoder, images, out=tmp_path / "parts", **OPTIONS)
+        except Stopped:
+            assert not (tmp_path / "parts" / RECIPE).exists()
+    assert computed.count("stopped") >= 2
+    assert len([c for c in computed if c != "stopped"]) == 7  # nothing twice
+    assert found.recipe.picks == expected.recipe.picks
+    assert [r.key for r in found.rows] == [r.key for r in expected.rows]
+    assert [r.value for r in found.rows] == [r.value for r in expected.rows]
+    # a finished one computes nothing, not even the features of an image
+    monkeypatch.setattr(Evaluator, "__init__", None)
+    assert search(encoder, images, out=tmp_path / "parts", **OPTIONS).recipe == found.recipe
+
+
+def test_half_a_line_of_a_killed_run_is_computed_again(images, tmp_path):
+    encoder = encoder_of()
+    expected = search(encoder, images, out=tmp_path, order="text", **OPTIONS)
+    table = tmp_path / CANDIDATES
+    content = table.read_bytes()
+    for cut in (len(content) - 7, len(content) // 2, 30, 0):
+        table.write_bytes(content[:cut])
+        found = search(encoder, images, out=tmp_path, order="text", **OPTIONS)
+        # a candidate that is computed alone is rounded otherwise than among others
+        assert found.recipe.lora_settings() == expected.recipe.lora_settings()
+        assert sorted(r.key for r in found.rows) == sorted(r.key for r in expected.rows)
+
+
+def test_the_table_can_be_read_by_anyone(images, tmp_path):
+    found = search(encoder_of(), images, out=tmp_path, order="text", **OPTIONS)
+    rows = list(csv.DictReader((tmp_path / CANDIDATES).open()))
+    assert [float(r["loss"]) for r in rows] == [r.value.loss for r in found.rows]
+    assert [r["matrix"] for r in rows][:2] == ["", "text.2.up"]
+    saved = json.loads((tmp_path / RECIPE).read_text())
+    assert saved["search"]["baseline"]["loss"] == found.baseline.loss
+    assert saved["search"]["partition"] == {"kind": "reference", "batches": [4, 4, 2]}
+    assert saved["search"]["images"]["number"] == 10
+
+
+def test_another_search_is_not_overwritten(images, tmp_path):
+    encoder = encoder_of()
+    search(encoder, images, out=tmp_path, order="text", **OPTIONS)
+    before = (tmp_path / CANDIDATES).read_bytes()
+    for changes in ({"weight": 0.4}, {"order": "image"}, {"ratios": (0, 0.1)}, {"batch_size": 5}):
+        with pytest.raises(DataError, match="holds another search"):
+            search(encoder, images, out=tmp_path, **{"order": "text", **OPTIONS, **changes})
+    with pytest.raises(DataError, match=r"another search.*fingerprint"):
+        search(encoder_of(9), images, out=tmp_path, order="text", **OPTIONS)
+    assert (tmp_path / CANDIDATES).read_bytes() == before
+    (tmp_path / SETTINGS).unlink()
+    with pytest.raises(DataError, match=r"without search\.json"):
+        search(encoder, images, out=tmp_path, order="text", **OPTIONS)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / SETTINGS).write_text("{")
+    with pytest.raises(DataError, match="cannot be read"):
+        search(encoder, images, out=tmp_path / "notes", order="text", **OPTIONS)
+
+
+def test_progress_ends_at_the_whole_and_never_goes_back(images):
+    for order in ("image_text", "exhaustive"):
+        seen = []
+        search(encoder_of(), images, order=order, progress=seen.append, **OPTIONS)
+        shares = [at.done for at in seen]
+        assert shares == sorted(shares)
+        assert shares[-1] == pytest.approx(1.0, abs=0.02)
+        assert seen[-1].visit == seen[-1].visits
+
+
+# ------------------------------------------------------------------------------------ refused
+
+
+def refused(images, match: str, error=ValueError, encoder=None, **options) -> None:
+    with pytest.raises(error, match=match):
+        search(encoder or encoder_of(), images, **{**OPTIONS, **options})
+
+
+def test_what_is_refused_before_any_image_is_read(images, monkeypatch):
+    monkeypatch.setattr(Evaluator, "__init__", None)  # nothing gets that far
+    refused(images, r"ratios: .*share in \[0, 1\), got 1.5", ratios=(0, 1.5))
+    refused(images, r"ratios: .*share in \[0, 1\), got -0.1", ratios=(-0.1,))
+    refused(images, r"ratios: .*nan", ratios=(float("nan"),))
+    refused(images, "ratios: expected shares or numbers.*both", ratios=(0.1, 5))
+    refused(images, r"directions <= min\(m, n\) = 32, got 33", ratios=(33,))
+    refused(images, "ratios: expected at least one that drops", ratios=(0,))
+    refused(images, "ratios: expected a list", ratios=0.1)
+    refused(images, "kinds: .*got 'mlp'", kinds="mlp")
+    refused(images, "kinds: .*did you mean 'W_up'", kinds="W_upp")
+    refused(images, "layers: expected numbers in -4..3", layers=[7])
+    refused(images, "order: .*did you mean 'exhaustive'", order="exhaustiv")
+    refused(images, "top_k", top_k=5)
+    refused(images, "top_k", top_k=0)
+    refused(images, "partition: expected one of reference, global", partition="batches")
+    refused(images, "batch_size", batch_size=0)
+    refused(images, "id_set: voc has 14 classes, got 5", id_set="voc")
+    refused(images, "id_set: expected one of imagenet, voc", id_set="cifar")
+    refused(images, "score", metric="auroc")
+    refused(images, "metric", metric="f1")
+    refused(images, "label 4 has no name", class_names=NAMES[:4])
+
+
+def test_unlabelled_images_are_refused(images, tmp_path):
+    for item in list(images)[:3]:
+        (tmp_path / Path(item.path).name).write_bytes(item.read())
+    refused(load_images(tmp_path), "have no label", class_names=NAMES)
+
+
+def test_weights_that_are_not_finite_are_refused(images):
+    encoder = encoder_of()
+    with torch.no_grad():
+        encoder.model.transformer.resblocks[1].mlp.c_fc.weight[3, 4] = float("nan")
+    refused(images, r"text.1.up has NaN or Inf", ModelError, encoder)
+
+
+def test_resnets_are_excluded_with_the_reason(images):
+    model = tiny.clip(tiny.RESNET)
+    encoder = OpenClipEncoder(model, preprocess, tiny.TOKENIZER)
+    refused(images, "ResNets are excluded", ModelError, encoder)
+
+
+def test_an_image_that_cannot_be_read_is_named(images, tmp_path):
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(b"no picture" if name == "cat" else b"")
+    for item in list(images)[::2]:
+        if "cat" not in item.path:
+            (tmp_path / item.path).write_bytes(item.read())
+    refused(load_images(tmp_path), "cat/0.png", DataError)
+
+
+def test_batches_without_pseudo_ood_patches_are_reported(images):
+    found = search(encoder_of(), images, order="text", **{**OPTIONS, "top_k": 4, "batch_size": 1})
+    if not found.baseline.empty_batches:
+        pytest.skip("every image has an OOD patch")
+    assert "have no pseudo-OOD patch; their patch term is 0" in found.notes[0]
+    assert found.recipe.search["notes"] == list(found.notes)
+
+
+def test_equal_prompts_tie_and_are_counted(images):
+    names = ["apple", "boat", "cat", "Cat ", "egg"]
+    with pytest.warns(RuntimeWarning):
+        found = search(encoder_of(), images, order="text", class_names=names, **OPTIONS)
+    assert found.baseline.ties > 0
+    assert any("ties at the k-th logit" in note for note in found.notes)
+
+
+def test_published_settings():
+    assert published("base", 1000) == published("base", 1000, "imagenet")
+    assert (published("base", 14, "voc").weight, published("base", 14, "voc").top_k) == (0.05, 4)
+    assert (published("large", 1000).weight, published("large", 1000).top_k) == (0.5, 300)
+    assert (published("large", 14, "voc").weight, published("large", 14, "voc").top_k) == (0.3, 6)
+    swin = published("swin", 1000)
+    assert (swin.weight, swin.top_k, swin.batch) == (0.01, 700, 384)
+    other = published("base", 100)
+    assert (other.weight, other.top_k, other.batch) == (0.1, 30, 512)
+    assert "0.3 K" in other.source
+    with pytest.raises(ValueError, match="nothing is published"):
+        published("swin", 14, "voc")
+
+
+def test_the_shipped_model_is_searched(images):
+    """Real weights, float32: some picks lower the loss, and the objective is what was asked."""
+    found = search(load_model("fastood-tiny"), images, order="text", ratios=(0, 0.2))
+    assert found.final.objective <= found.baseline.objective
+    assert found.recipe.search["objective"] == Objective(top_k=2, weight=0.1).describe()
