@@ -7,6 +7,7 @@
 
 #include "bind/ebm.h"
 #include "bind/grouped.h"
+#include "bind/patch_terms.h"
 #include "bind/patches.h"
 #include "bind/rows.h"
 #include "build_info.h"
@@ -81,6 +82,7 @@ TORCH_LIBRARY_IMPL(fastood, CPU, m) {
     m.impl("grouped", &fastood::grouped);
     m.impl("grouped_backward", &fastood::grouped_backward);
     m.impl("patch_entropy", &fastood::patch_entropy);
+    m.impl("patch_terms", &fastood::patch_terms);
     m.impl("ebm_loss", &fastood::ebm_loss_operator);
 }
 

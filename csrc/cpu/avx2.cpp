@@ -11,6 +11,7 @@
 #include "grouped_job.h"
 #include "kernels.h"
 #include "patch_job.h"
+#include "patch_terms_job.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -45,6 +46,7 @@ const Kernels kernels_avx2 = {
     avx2::grouped_kernel,
     avx2::grouped_backward_kernel,
     avx2::patches_kernel,
+    avx2::patch_terms_kernel,
     avx2::ebm_kernel,
 };
 

@@ -21,6 +21,7 @@
 #include "grouped_job.h"
 #include "kernels.h"
 #include "patch_job.h"
+#include "patch_terms_job.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
@@ -60,6 +61,7 @@ const Kernels kernels_avx512 = {
     avx512::grouped_kernel,
     avx512::grouped_backward_kernel,
     avx512::patches_kernel,
+    avx512::patch_terms_kernel,
     avx512::ebm_kernel,
 };
 
@@ -92,6 +94,7 @@ const Kernels kernels_amx = {
     avx512::grouped_kernel,
     avx512::grouped_backward_kernel,
     avx512::patches_kernel,
+    avx512::patch_terms_kernel,
     avx512::ebm_kernel,
 };
 #else

@@ -8,6 +8,7 @@
 #include "grouped_job.h"
 #include "kernels.h"
 #include "patch_job.h"
+#include "patch_terms_job.h"
 
 #define FASTOOD_ISA generic
 #define FASTOOD_AMX 0
@@ -32,6 +33,7 @@ const Kernels kernels_generic = {
     generic::grouped_kernel,
     generic::grouped_backward_kernel,
     generic::patches_kernel,
+    generic::patch_terms_kernel,
     generic::ebm_kernel,
 };
 

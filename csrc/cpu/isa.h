@@ -19,6 +19,7 @@ namespace FASTOOD_ISA {
 #include "grouped.h"
 #include "grouped_backward.h"
 #include "patches.h"
+#include "patch_terms.h"
 #include "ebm.h"
 
 }  // namespace FASTOOD_ISA

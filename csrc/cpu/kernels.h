@@ -91,6 +91,7 @@ struct RowBackwardJob {
 struct GroupedJob;          // grouped_job.h
 struct GroupedBackwardJob;
 struct PatchJob;            // patch_job.h
+struct PatchTermsJob;       // patch_terms_job.h
 struct EbmJob;              // ebm_job.h
 
 struct Kernels {
@@ -111,6 +112,7 @@ struct Kernels {
     void (*grouped)(const GroupedJob&, const Pool&);
     void (*grouped_backward)(const GroupedBackwardJob&, const Pool&);
     void (*patches)(const PatchJob&, const Pool&);
+    void (*patch_terms)(const PatchTermsJob&, const Pool&);
     void (*ebm)(const EbmJob&, const Pool&);
 };
 
