@@ -23,13 +23,17 @@ __all__ = ["train"]
 
 _RECIPE = "Recipe (default: the authors')"
 
+_FILE = "picks="
+"""The setting that is a file."""
+
 
 def train(
     method: Annotated[
         str,
         typer.Argument(
-            help="coop, cocoop, locoop, ebm, tip, tip-f, clip-adapter, lora or zoclip; with "
-            "settings: coop:n_ctx=4,position=middle, lora:kinds=q+v,rank=8."
+            help="coop, cocoop, locoop, ebm, tip, tip-f, clip-adapter, lora, setar-ft or zoclip; "
+            "with settings: coop:n_ctx=4,position=middle, lora:kinds=q+v,rank=8, "
+            "setar-ft:picks=recipe.json (of 'fastood search setar')."
         ),
     ],
     id: Annotated[
@@ -108,10 +112,10 @@ def train(
     """
     from fastood.features import FeatureCache
     from fastood.models import load_model
-    from fastood.pipeline.finetune import ADAPTATION, fine_tune, recipe_of
+    from fastood.pipeline.asked import check_given, recipe_of
+    from fastood.pipeline.finetune import ADAPTATION, fine_tune
     from fastood.tuning.adaptation import adapt as put_on
     from fastood.tuning.loop import CHECKPOINT
-    from fastood.tuning.method import check_settings
     from fastood.tuning.parallel import World
     from fastood.tuning.registry import method_class
 
@@ -122,7 +126,7 @@ def train(
     if select == "validation" and val is None and not _drawn(id):
         raise ValueError("--select validation: expected validation images, got none; give --val")
     kind = method_class(name)
-    check_settings(kind, settings)
+    check_given(kind, settings)
     changes = {**_pairs("--recipe", recipe), "epochs": epochs, "batch_size": step_images, "lr": lr}
     recipe_of(kind, shots=count, **changes)
     folder = Path(f"fastood-{name}") if out is None else out
@@ -202,7 +206,13 @@ def train(
 def _method(text: str) -> tuple[str, dict[str, Any]]:
     """``coop:n_ctx=4`` to its name and settings."""
     name, _, tail = text.partition(":")
-    return name.strip(), _pairs(f"{text!r}", tail.split(",") if tail else None)
+    pieces: list[str] = []
+    for piece in tail.split(",") if tail else ():
+        if pieces and pieces[-1].lstrip().startswith(_FILE) and "=" not in piece:
+            pieces[-1] += f",{piece}"  # a comma in the name of a file
+        else:
+            pieces.append(piece)
+    return name.strip(), _pairs(f"{text!r}", pieces or None)
 
 
 def _pairs(what: str, texts: list[str] | None) -> dict[str, Any]:
@@ -214,6 +224,9 @@ def _pairs(what: str, texts: list[str] | None) -> dict[str, Any]:
             raise ValueError(f"{what}: expected name=value, got {text!r}")
         if key in found:
             raise ValueError(f"{what}: {key!r} is given twice")
+        if f"{key}=" == _FILE:  # no number and no list, whatever it is called
+            found[key] = value.strip()
+            continue
         parts = [inputs.literal(part.strip()) for part in value.split("+")]
         found[key] = parts if "+" in value else parts[0]
     return found

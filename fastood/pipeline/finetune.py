@@ -19,6 +19,7 @@ from fastood.data.imageset import ImageSet
 from fastood.data.paths import path_text
 from fastood.errors import DataError, ModelError
 from fastood.features.featureset import FeatureSet
+from fastood.pipeline.asked import check_given, recipe_of, sizes_of
 from fastood.pipeline.output import OutputFolder
 from fastood.scores.inputs import check_count
 from fastood.tuning.augment import CLIP_TRAIN, TIP_VIEWS
@@ -27,9 +28,9 @@ from fastood.tuning.fewshot import few_shot
 from fastood.tuning.history import History, Progress
 from fastood.tuning.live import LiveImages
 from fastood.tuning.loop import CHECKPOINT, train
-from fastood.tuning.method import Method, check_settings, setting_names
+from fastood.tuning.low_rank_method import SETAR_TRAIN, LowRankMethod
+from fastood.tuning.method import Method, setting_names
 from fastood.tuning.parallel import World
-from fastood.tuning.recipes import Recipe, epochs_of_coop
 from fastood.tuning.registry import method_class
 from fastood.tuning.state import read_header, save_method
 from fastood.tuning.tip import TipAdapter
@@ -52,7 +53,7 @@ class FineTuned:
     """A trained method.
 
     Attributes:
-        method: ``head()`` scores with it; LoRA has ``adapted(encoder)`` instead.
+        method: ``head()`` scores with it; LoRA and SeTAR+FT have ``adapted(encoder)`` instead.
         history: loss, accuracy and settings of every epoch.
         file: what ``--adapt`` and ``Pipeline(adapt=[...])`` take; None without ``out``.
     """
@@ -91,7 +92,7 @@ def fine_tune(
     Args:
         encoder: the network; its weights stay as they are (and are frozen).
         method: ``"coop"``, ``"cocoop"``, ``"locoop"``, ``"ebm"``, ``"tip"``, ``"tip-f"``,
-            ``"clip-adapter"``, ``"lora"``, ``"zoclip"``.
+            ``"clip-adapter"``, ``"lora"``, ``"setar-ft"`` (which needs ``picks``), ``"zoclip"``.
         images: labelled training images, or features of them.
         class_names: K names in the order of the labels; default: those of ``images``.
         settings: of the method (``n_ctx``, ``weight``, ...), where not the authors' defaults.
@@ -100,7 +101,8 @@ def fine_tune(
         validation: labelled images of the same classes: their accuracy is noted after every epoch,
             and Tip-Adapter's alpha and beta are chosen on them. Never the test set.
         select: parameters of the last epoch (as published), or of the best on ``validation``.
-        recipe: changes to the authors' recipe (``epochs``, ``lr``, ``batch_size``, ...).
+        recipe: changes to the authors' recipe (``epochs``, ``lr``, ``batch_size``, ...), which for
+            LoRA and SeTAR+FT has smaller batches for deep towers, see ``setar_batch``.
         views: 0 augments freshly in every epoch, which runs the image tower in every step; V > 0
             encodes V views once and takes them in turn (V >= 2 augmented), an approximation. One
             view is the picture as it is. Features are what they are.
@@ -128,7 +130,10 @@ def fine_tune(
         )
     seed = check_count("seed", seed, 0, 2**63 - 1)
     chosen = _settings(kind, settings or {}, seed)
-    changed = recipe_of(kind, shots=shots, dataset=images.name, **(recipe or {}))
+    asked = {k: v for k, v in (recipe or {}).items() if v is not None}
+    changed = recipe_of(
+        kind, shots=shots, dataset=images.name, **{**sizes_of(kind, encoder), **asked}
+    )
     names = tuple(class_names if class_names is not None else images.class_names or ())
     if not names:
         raise ValueError(
@@ -202,32 +207,6 @@ def fine_tune(
     return FineTuned(built, history, file)
 
 
-def recipe_of(
-    kind: type[Method], *, shots: int | None, dataset: str | None = None, **changes: Any
-) -> Recipe:
-    """The authors' recipe with what is asked to be different.
-
-    CoOp's number of epochs depends on the shots, and on whether the set is ImageNet.
-
-    Raises:
-        ValueError: a field that recipes do not have, or a value out of range.
-    """
-    fields = [f.name for f in dataclasses.fields(Recipe) if f.name != "source"]
-    unknown = [name for name in changes if name not in fields]
-    if unknown:
-        raise ValueError(
-            f"recipe: there is no {', '.join(map(repr, unknown))}; expected {', '.join(fields)}"
-        )
-    given = {name: value for name, value in changes.items() if value is not None}
-    if kind.recipe.epochs == 0 and given.get("epochs"):
-        raise ValueError(
-            f"recipe: {kind.name} trains nothing, expected no epochs, got {given['epochs']}"
-        )
-    if kind.name == "coop" and "epochs" not in given:
-        given["epochs"] = epochs_of_coop(shots, dataset)
-    return dataclasses.replace(kind.recipe, **given)
-
-
 def with_classes(given: Given, names: Sequence[str]) -> Given:
     """The same set with labels that index ``names``; spelling decides, not order.
 
@@ -275,7 +254,7 @@ def _check_types(images: Any, validation: Any, class_names: Any) -> None:
 
 def _settings(kind: type[Method], settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What was asked, with ``seed`` where the method draws initial values."""
-    check_settings(kind, settings)
+    check_given(kind, settings)
     return {"seed": seed, **settings} if "seed" in setting_names(kind) else dict(settings)
 
 
@@ -301,6 +280,8 @@ def _training(
         return FeatureData(images, names, local=local, device=encoder.device)
     # Tip-Adapter-F too: it starts from the same keys
     augmentation = TIP_VIEWS if issubclass(kind, TipAdapter) else CLIP_TRAIN
+    if issubclass(kind, LowRankMethod):
+        augmentation = SETAR_TRAIN
     if views == 0 or kind.needs == "pixels":
         return LiveImages(
             encoder,

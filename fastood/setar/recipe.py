@@ -268,7 +268,7 @@ class Recipe:
         from fastood.models.copies import copy_encoder
 
         found = self.matched(encoder)
-        self._warn_of_other_weights(encoder)
+        self.warn_of_other_weights(encoder)
         changed = copy_encoder(encoder, name=f"{encoder.name} + setar")
         network = network_of(changed)
         for pick, matrix in found:
@@ -279,7 +279,8 @@ class Recipe:
                     weight.copy_(basis.drop(pick.count, part=self.part, seed=self.seed))
         return changed
 
-    def _warn_of_other_weights(self, encoder: Encoder) -> None:
+    def warn_of_other_weights(self, encoder: Encoder) -> None:
+        """Say so if the recipe was found on another model than ``encoder``."""
         theirs = self.model.get("fingerprint")
         if theirs is None or theirs == encoder.fingerprint:
             return

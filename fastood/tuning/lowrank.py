@@ -27,23 +27,34 @@ Factors = tuple[nn.Parameter, nn.Parameter]
 class LowRank(nn.Module):
     """Parametrisation of one parameter: low-rank updates of the matrices kept in it.
 
-    W' = W + scale · B A for each matrix, A (r, in), B (out, r). The update is made and added in the
-    wider of both dtypes and returned in the parameter's. Rows that belong to no matrix, and all of
-    them while B = 0, are the original's bit for bit.
+    W' = W + scale · B A for each matrix, A (r, in), B (out, r). Where B₀ A₀ is part of W already,
+
+        W' = W + scale · (B A - B₀ A₀) = W + scale · ((B - B₀) A + B₀ (A - A₀))
+
+    The update is made and added in the wider of both dtypes and returned in the parameter's. Rows
+    that belong to no matrix, and all of them while B = 0 or nothing has moved from A₀ and B₀, are
+    the original's bit for bit: the second form then adds exact zeros, however products are rounded,
+    and it does not lose the digits of small changes to a difference of two large products.
     """
 
-    def __init__(self, parts: Sequence[tuple[Matrix, Factors]], scale: float) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[Matrix, Factors]],
+        scale: float,
+        start: Mapping[Matrix, tuple[Tensor, Tensor]],
+    ) -> None:
         super().__init__()
         self.matrices = tuple(matrix for matrix, _ in parts)
         self.A = nn.ParameterList([a for _, (a, _) in parts])
         self.B = nn.ParameterList([b for _, (_, b) in parts])
+        self.start = tuple(start.get(matrix) for matrix in self.matrices)
         self.scale = scale
         self.order: tuple[str, ...] = ()
 
     def forward(self, weight: Tensor) -> Tensor:
         updated = [
-            (matrix.rows, self._updated(matrix.of(weight), a, b, matrix.transposed))
-            for matrix, a, b in zip(self.matrices, self.A, self.B, strict=True)
+            (matrix.rows, self._updated(matrix, weight, self._update(*factors)))
+            for matrix, *factors in zip(self.matrices, self.A, self.B, self.start, strict=True)
         ]
         if updated[0][0] is None:
             return updated[0][1]
@@ -54,17 +65,31 @@ class LowRank(nn.Module):
             end = rows[1]
         return torch.cat([*pieces, weight[end:]])
 
-    def _updated(self, w: Tensor, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
-        found = (w + self.scale * (b @ a)).to(w.dtype)
-        return found.mT if transposed else found
+    def _update(self, a: Tensor, b: Tensor, start: tuple[Tensor, Tensor] | None) -> Tensor:
+        if start is None:
+            return self.scale * (b @ a)
+        a_0, b_0 = start
+        return self.scale * ((b - b_0) @ a + b_0 @ (a - a_0))
+
+    def _updated(self, matrix: Matrix, weight: Tensor, update: Tensor) -> Tensor:
+        w = matrix.of(weight)
+        found = (w + update).to(w.dtype)
+        return found.mT if matrix.transposed else found
 
 
-def attach(model: nn.Module, updates: Mapping[Matrix, Factors], *, scale: float) -> None:
+def attach(
+    model: nn.Module,
+    updates: Mapping[Matrix, Factors],
+    *,
+    scale: float,
+    start: Mapping[Matrix, tuple[Tensor, Tensor]] | None = None,
+) -> None:
     """Put low-rank updates on matrices of ``model``, in place.
 
     Args:
         updates: for each matrix A (r, in) and B (out, r); these very parameters are used.
         scale: alpha / r.
+        start: A₀ and B₀ of matrices of which scale · B₀ A₀ is a part already.
     Raises:
         ValueError: no updates; A and B of other shapes; a parameter that already has a
             parametrisation (``merge`` or ``detach`` first).
@@ -91,7 +116,7 @@ def attach(model: nn.Module, updates: Mapping[Matrix, Factors], *, scale: float)
         matrix = parts[0][0]
         module = model.get_submodule(matrix.module)
         getattr(module, matrix.parameter).requires_grad_(False)
-        low_rank = LowRank(parts, scale)
+        low_rank = LowRank(parts, scale, start or {})
         low_rank.order = tuple(module._parameters)
         parametrize.register_parametrization(module, matrix.parameter, low_rank, unsafe=True)
 

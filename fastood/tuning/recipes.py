@@ -12,7 +12,14 @@ from typing import Any, Literal
 
 from fastood.scores.inputs import check_count
 
-__all__ = ["LOCOOP_TOP_K", "RECIPES", "Recipe", "default_top_k", "epochs_of_coop"]
+__all__ = [
+    "LOCOOP_TOP_K",
+    "RECIPES",
+    "Recipe",
+    "default_top_k",
+    "epochs_of_coop",
+    "setar_batch",
+]
 
 
 @dataclass(frozen=True)
@@ -128,12 +135,35 @@ RECIPES: dict[str, Recipe] = {
         100,
         "sgd",
         0.01,
+        per="step",
         warmup_epochs=0,
-        source="SeTAR's LoRA baseline (arXiv 2406.12629): batch 100 for ViT-B/16, 20 for ViT-L/14, "
-        "50 for SwinV2-B; that there is no warm-up is inferred from SeTAR+FT",
+        source="SeTAR's LoRA baseline (arXiv 2406.12629 and X1AOX1A/SeTAR): batch 100 for "
+        "ViT-B/16, 20 for ViT-L/14, see setar_batch",
+    ),
+    "setar-ft": Recipe(
+        5,
+        100,
+        "sgd",
+        0.01,
+        per="step",
+        warmup_epochs=0,
+        source="arXiv 2406.12629 and X1AOX1A/SeTAR: batch 100 for ViT-B/16, 20 for ViT-L/14, see "
+        "setar_batch",
     ),
 }
 """Recipe of each method of ``fastood.tuning.registry``."""
+
+
+def setar_batch(blocks: int) -> int:
+    """Images per step of SeTAR+FT and its LoRA baseline: 100 for ViT-B/16, 20 for ViT-L/14.
+
+    Args:
+        blocks: of the image tower; towers of more than 12 take the batch of ViT-L/14.
+
+    >>> setar_batch(12), setar_batch(24)
+    (100, 20)
+    """
+    return 20 if blocks > 12 else 100
 
 
 LOCOOP_TOP_K: Mapping[str, int] = {"imagenet": 200}

@@ -23,6 +23,7 @@ METHODS: dict[str, str] = {
     "tip": "fastood.tuning.tip:TipAdapter",
     "tip-f": "fastood.tuning.tip:TipAdapterF",
     "lora": "fastood.tuning.lora:LoRA",
+    "setar-ft": "fastood.tuning.setar_ft:SeTARFT",
 }
 """``module:class`` of each method, imported when it is asked for."""
 
