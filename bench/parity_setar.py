@@ -288,7 +288,7 @@ def compare_weights(seen: Compared, encoder: Encoder, folder: Path) -> None:
 def run_theirs(job: dict[str, Any], folder: Path, given: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file, result = folder / "job.json", folder / "result.json"
-    if given.reuse and result.exists():
+    if given.reuse and result.exists() and _finished(job, folder):
         before = json.loads(result.read_text())["job"]
         if all(job[name] == value for name, value in before.items() if name in job):
             return
@@ -301,7 +301,12 @@ def run_theirs(job: dict[str, Any], folder: Path, given: argparse.Namespace) -> 
         raise RuntimeError(f"{job['name']}: their code stopped\n{done.stderr[-2000:]}")
 
 
+def _finished(job: dict[str, Any], folder: Path) -> bool:
+    return not job["ft_steps"] or (folder / "finetune.json").exists()
+
+
 def main(arguments: list[str] | None = None) -> int:
+    from bench.parity_setar_ft import compare_finetune, counts, lines
     from bench.parity_setar_report import write
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
@@ -313,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "setar-parity.md")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = []
+    rows, tuned = [], []
     for job in json.loads(json.dumps(jobs())):  # as their side reads it: lists, no tuples
         if given.only and job["name"] not in given.only:
             continue
@@ -328,8 +333,16 @@ def main(arguments: list[str] | None = None) -> int:
             sep="\n    ",
             flush=True,
         )
-    write(rows, given.out, complete=not given.only, extra=[])
-    return int(any(row.failed for row in rows))
+        if job["ft_steps"]:
+            names = row.theirs["names"]
+            encoder, images = load_encoder(job, folder, names), load_images(job, folder, names)
+            tuned.append(compare_finetune(job, folder, encoder, images))
+            print("   ", tuned[-1], flush=True)
+    counted = counts(given.authors)
+    extra = lines(tuned, counted)
+    write(rows, given.out, complete=not given.only, extra=extra)
+    wrong = any(mine != theirs for _, mine, theirs in counted)
+    return int(wrong or any(x.failed for x in (*rows, *tuned)))
 
 
 if __name__ == "__main__":

@@ -313,6 +313,22 @@ def finetune(job: dict, folder: Path, data: Path, settings: list) -> None:
     args.log_directory = str(folder / "log-ft")
     Path(args.log_directory).mkdir(parents=True, exist_ok=True)
     args.lora_settings = settings
+    if job["ft_rank"]:  # their LoRA baseline, as in their configuration
+        args.lora_settings, args.target_modules = None, ["mlp.fc1"]
+        args.lora_svd_init, args.lora_r = False, job["ft_rank"]
+        make = theirs.PeftModel
+
+        def noted(*given, **options):
+            model = make(*given, **options)
+            start = {
+                name.removeprefix("base_model.model."): module.lora_A["default"].weight.detach()
+                for name, module in model.named_modules()
+                if hasattr(module, "lora_A")
+            }
+            save_file({name: w.clone() for name, w in start.items()}, folder / "lora_A.safetensors")
+            return model
+
+        theirs.PeftModel = noted
     args.batch_size = job["ft_batch"]
     for name, value in {
         "num_train_epochs": 3,

@@ -85,6 +85,7 @@ def _job(name: str, seed: int) -> dict[str, Any]:
         "weights_only": False,
         "ft_steps": 0,
         "ft_batch": 28,
+        "ft_rank": 0,
         "ft_lr": 0.002,
         "ft_decay": 0.0,
     }
@@ -155,5 +156,7 @@ def jobs() -> list[dict[str, Any]]:
     fine = [
         clip("ft", 51, layers=(4, 3), **tuned),
         clip("ft-proj", 52, layers=(4, 3), ft_lr=0.02, ft_decay=0.01, **tuned, **both),
+        clip("ft-f32", 51, layers=(4, 3), dtype="float32", **tuned),
+        clip("lora", 53, layers=(4, 3), ft_lr=0.01, ft_decay=5e-4, ft_rank=4, **tuned),
     ]
     return [*main, *single, *more, *fine]
