@@ -8,6 +8,7 @@ from fastood.report.export import to_csv, to_latex, to_markdown
 from fastood.report.figure import save_figure
 from fastood.report.html import write_report
 from fastood.report.importers import openood_npz, setar_csv
+from fastood.report.search import save_search_figure, write_search_report
 from fastood.report.table import ScoreTable
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "openood_npz",
     "print_results",
     "save_figure",
+    "save_search_figure",
     "setar_csv",
     "to_csv",
     "to_latex",
     "to_markdown",
     "write_report",
+    "write_search_report",
 ]

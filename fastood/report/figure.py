@@ -12,11 +12,11 @@ from fastood.report.curves import histogram, roc_points
 from fastood.report.metricview import MetricView
 from fastood.report.table import ScoreTable
 
-__all__ = ["save_figure"]
+__all__ = ["LINES", "STYLE", "save_figure"]
 
 _ID, _OOD = "#0072b2", "#d55e00"
-_LINES = ("#0072b2", "#d55e00", "#009e73", "#b3589a", "#a27a00", "#3aa0dc", "#55585f", "#7a4fc9")
-_STYLE: dict[Any, Any] = {
+LINES = ("#0072b2", "#d55e00", "#009e73", "#b3589a", "#a27a00", "#3aa0dc", "#55585f", "#7a4fc9")
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8.5,
     "axes.labelsize": 8,
@@ -75,7 +75,7 @@ def save_figure(
     columns = len(view.sets)
     threshold = ((results.get("thresholds") or {}).get(score) or {}).get("threshold")
     threshold = None if threshold is None else float(threshold)  # "-inf" is a word in JSON
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         # A figure of its own, not pyplot's: no global state, no window, safe in threads.
         figure = Figure(figsize=(2.3 * columns + 1.2, 4.0), layout="constrained")
         FigureCanvasAgg(figure)
@@ -117,8 +117,8 @@ def _roc(axis: Any, view: MetricView, table: ScoreTable, name: str) -> None:
         accepted_ood, accepted_id = roc_points(
             table.values(label, role="id"), table.values(label, role="ood", set=name)
         )
-        style = ("-", "--", ":")[i // len(_LINES) % 3]
-        color = _LINES[i % len(_LINES)]
+        style = ("-", "--", ":")[i // len(LINES) % 3]
+        color = LINES[i % len(LINES)]
         axis.plot(accepted_ood, accepted_id, style, color=color, linewidth=1.2, label=label)
     axis.set_xlabel("OOD accepted")
     axis.set(xlim=(0, 1), ylim=(0, 1.005), aspect="equal")

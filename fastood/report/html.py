@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fastood.atomic import write_text
 from fastood.report import context
-from fastood.report.metricview import MetricView, percent
+from fastood.report.metricview import MetricView
+from fastood.report.page import render_page
 from fastood.report.table import ScoreTable
 from fastood.report.thumbs import OpenImage
 
@@ -61,9 +60,6 @@ def render_report(
     score: str | None = None,
 ) -> str:
     """The page of :func:`write_report` as text."""
-    import jinja2
-    from markupsafe import Markup
-
     if results.get("schema") != 1:
         raise ValueError(
             f"results: expected schema 1, got {results.get('schema')!r}; "
@@ -85,16 +81,10 @@ def render_report(
     keys = view.fpr_keys()
     tpr = float(keys[0][3:-3]) / 100 if keys else 0.95
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        percent=percent, svg=Markup, number=_number, options=_options, when=_when
-    )
-    files = resources.files("fastood.report")
-    template = environment.from_string(files.joinpath("template.html").read_text("utf-8"))
-    return template.render(
-        css=Markup(files.joinpath("report.css").read_text("utf-8")),
+    return render_page(
+        "template.html",
+        version=results["fastood"],
+        fingerprint=results["model"].get("fingerprint"),
         results=results,
         view=view,
         chosen=chosen,
@@ -117,26 +107,3 @@ def _reference(view: MetricView) -> str:
         if best is not None:
             return best[0]
     return view.scores[0]
-
-
-def _number(value: Any) -> str:
-    """Counts with thousands separators, other numbers short."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-
-
-def _options(options: Mapping[str, Any] | None) -> str:
-    return ", ".join(f"{k} = {_number(v)}" for k, v in (options or {}).items()) or "–"
-
-
-def _when(text: Any) -> str:
-    """An ISO time as people write it; other text unchanged."""
-    try:
-        moment = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
-    except ValueError:
-        return str(text)
-    zone = f" {moment.tzname()}" if moment.tzinfo else ""
-    return f"{moment.day} {moment:%B %Y, %H:%M}{zone}"
