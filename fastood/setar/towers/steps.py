@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from fastood.models.blocks import Block, layer_norm, linear
 from fastood.models.matrices import Kind
 from fastood.setar.tails import Tails
 
-__all__ = ["Attention", "step", "steps"]
+__all__ = ["Attention", "Heads", "step", "steps"]
 
 _SLICE_BYTES = 1 << 24
 """Of a temporary on the CPU. glibc keeps freed blocks of up to 32 MB."""
@@ -39,12 +40,25 @@ def _all(x: Tensor) -> Tensor:
     return x
 
 
+class Heads(NamedTuple):
+    """What attention works on."""
+
+    q: Tensor
+    """(B, M, H, E)"""
+    k: Tensor
+    """(B, N, H, E)"""
+    v: Tensor
+    together: Tensor | None = None
+    """q, k and v as they lie in one tensor (B, N, 3, H, E), or k and v (B, N, 2, H, E) if other
+    tokens ask; None if one of them is a candidate's."""
+
+
 @dataclass(frozen=True)
 class Attention:
     """Which tokens of a block ask, what they get, and which go on."""
 
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """Queries (B, M, H, E), keys and values (B, N, H, E) → (B, R, H, E)."""
+    attend: Callable[[Heads], Tensor]
+    """→ (B, R, H, E)"""
     asking: Callable[[Tensor], Tensor] = _all
     """(B, N, W) → (B, M, W)."""
     going: Callable[[Tensor], Tensor] = _all
@@ -58,7 +72,7 @@ def step(block: Block, x: Tensor, attention: Attention) -> Tensor:
     result = torch.empty(going.shape, dtype=x.dtype, device=x.device)
     some = _slice(x, x.shape[1] * block.fc.weight.shape[0])
     for own, base, into in zip(x.split(some), going.split(some), result.split(some), strict=True):
-        heads = attention.attend(*_project(block, layer_norm(block.norm_1, own), attention))
+        heads = attention.attend(_project(block, layer_norm(block.norm_1, own), attention))
         _feed(block, _join(block, base, heads.flatten(-2)), into)
     return result
 
@@ -75,15 +89,13 @@ def steps(
     parts = _project(block, normed, attention)
     x = attention.going(x)
     if kind in ("q", "k", "v"):
-        place = "qkv".index(kind)
         source = attention.asking(normed) if kind == "q" else normed
-        for y in tails.results(source, parts[place].flatten(-2)):
-            changed = list(parts)
-            changed[place] = y.unflatten(-1, (block.heads, -1))
-            heads = attention.attend(*changed)
+        for y in tails.results(source, getattr(parts, kind).flatten(-2)):
+            one = {kind: y.unflatten(-1, (block.heads, -1))}
+            heads = attention.attend(parts._replace(together=None, **one))
             yield _feed(block, _join(block, x, heads.flatten(-2)))
         return
-    heads = attention.attend(*parts).flatten(-2)
+    heads = attention.attend(parts).flatten(-2)
     if kind == "o":
         mixed = linear(heads, block.out.weight, block.out.bias)
         for y in tails.results(heads, mixed):
@@ -101,18 +113,20 @@ def steps(
         yield block.leave(x, z)
 
 
-def _project(block: Block, normed: Tensor, attention: Attention) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, M, H, E), keys and values (B, N, H, E) of normed tokens (B, N, W)."""
+def _project(block: Block, normed: Tensor, attention: Attention) -> Heads:
+    """Queries, keys and values of normed tokens (B, N, W)."""
     weight, bias = block.joint()
     width = weight.shape[0] // 3
     asking = attention.asking(normed)
     if asking is normed:
-        q, k, v = linear(normed, weight, bias).unflatten(-1, (3, block.heads, -1)).unbind(-3)
-        return q, k, v
+        together = linear(normed, weight, bias).unflatten(-1, (3, block.heads, -1))
+        q, k, v = together.unbind(-3)
+        return Heads(q, k, v, together)
     own, rest = (None, None) if bias is None else (bias[:width], bias[width:])
     q = linear(asking, weight[:width], own).unflatten(-1, (block.heads, -1))
-    k, v = linear(normed, weight[width:], rest).unflatten(-1, (2, block.heads, -1)).unbind(-3)
-    return q, k, v
+    together = linear(normed, weight[width:], rest).unflatten(-1, (2, block.heads, -1))
+    k, v = together.unbind(-3)
+    return Heads(q, k, v, together)
 
 
 def _join(block: Block, x: Tensor, heads: Tensor) -> Tensor:

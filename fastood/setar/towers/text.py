@@ -25,7 +25,7 @@ from fastood.prompts.packing import Packing, pack, shared_length
 from fastood.prompts.tower import text_tower
 from fastood.setar.tails import Tails
 from fastood.setar.towers.base import check_matrix, check_precision, compare
-from fastood.setar.towers.steps import Attention, step, steps
+from fastood.setar.towers.steps import Attention, Heads, step, steps
 
 __all__ = ["State", "TextParts"]
 
@@ -72,9 +72,11 @@ class TextParts:
             raise ModelError(f"{encoder.name}: the text tower cannot be taken apart: {tower}")
         self.name, self._tower, self._templates = encoder.name, tower, len(prompts)
         self.depth = len(tower.blocks)
+        tokens = tokens.cpu().long()
         ends = tower.ends(tokens.to(tower.device)).cpu()
-        self._lay_out(tokens.cpu().long(), ends)
-        self._check(encoder, tokens, ends)
+        extremes = torch.stack([ends.argmin(), ends.argmax()])
+        self._check(encoder, tokens[extremes], ends[extremes])
+        self._lay_out(tokens, ends)
 
     def _lay_out(self, tokens: Tensor, ends: Tensor) -> None:
         rows = zip(tokens.tolist(), ends.tolist(), strict=True)
@@ -158,8 +160,11 @@ class TextParts:
             return each
         return F.normalize(each.unflatten(0, (self._templates, -1)).mean(dim=0), dim=-1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = torch.stack([q, k, v], dim=2).split(self._sizes, dim=1)
+    def _attend(self, given: Heads) -> Tensor:
+        together = given.together
+        if together is None:
+            together = torch.stack(given[:3], dim=2)
+        parts = together.split(self._sizes, dim=1)
         count = len(self._trees)
         heads = [[y.transpose(1, 2) for y in p.unbind(2)] for p in parts[:count]]
         found = [causal(*h).transpose(1, 2) for h in heads]
@@ -167,10 +172,13 @@ class TextParts:
             found.append(attend(part, (h[1], h[2]) if tree.prefix else None, tree.buckets))
         return torch.cat(found, dim=1)
 
-    def _attend_last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = torch.stack([k, v], dim=2).split(self._sizes, dim=1)
+    def _attend_last(self, given: Heads) -> Tensor:
+        together = given.together
+        if together is None:
+            together = torch.stack(given[1:3], dim=2)
+        parts = together.split(self._sizes, dim=1)
         count = len(self._trees)
-        asked = q.split([len(t.rows) for t in self._trees], dim=1)
+        asked = given.q.split([len(t.rows) for t in self._trees], dim=1)
         found = []
         for own, head, part, tree in zip(
             asked, parts[:count], parts[count:], self._trees, strict=True
@@ -181,15 +189,13 @@ class TextParts:
 
     @torch.no_grad()
     def _check(self, encoder: Encoder, tokens: Tensor, ends: Tensor) -> None:
-        """The shortest and the longest prompt by the model itself."""
-        rows = torch.stack([ends.argmin(), ends.argmax()])
-        whole = encoder.encode_tokens(tokens[rows].to(self._tower.device))
+        """Two prompts in parts and by the model itself."""
+        self._lay_out(tokens, ends)
         state = self.start()
         for i in range(self.depth - 1):
             state = self.block(i, state)
-        parts = self._tower.read(self._last(state))[0].index_select(
-            0, self._back[rows.to(self._back.device)]
-        )
+        parts = self._tower.read(self._last(state))[0].index_select(0, self._back)
+        whole = encoder.encode_tokens(tokens.to(self._tower.device))
         compare(self.name, "text features", parts, whole)
 
 

@@ -34,7 +34,7 @@ from fastood.setar.towers.base import (
     compare,
     input_of,
 )
-from fastood.setar.towers.steps import Attention, step, steps
+from fastood.setar.towers.steps import Attention, Heads, step, steps
 
 __all__ = ["VitTower"]
 
@@ -160,8 +160,8 @@ def _cut(y: Tensor) -> Seen:
     return Seen(y[:, 0], y[:, 1:])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+def _attend(heads: Heads) -> Tensor:
+    q, k, v = (y.transpose(1, 2) for y in heads[:3])
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
@@ -173,14 +173,9 @@ def _rest(x: Tensor) -> Tensor:
     return x[:, 1:]
 
 
-def _no_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    del q, k
-    return v[:, 1:]
-
-
 _EVERY_TOKEN = Attention(_attend)
 _CLASS = Attention(_attend, _first, _first)
-_VALUES = Attention(_no_one, _first, _rest)
+_VALUES = Attention(lambda heads: _rest(heads.v), _first, _rest)
 _CLASS_AND_VALUES = Attention(
-    lambda q, k, v: torch.cat([_attend(q, k, v), v[:, 1:]], dim=1), _first
+    lambda heads: torch.cat([_attend(heads), _rest(heads.v)], dim=1), _first
 )
