@@ -140,6 +140,7 @@ def test_memory_and_chunks_change_nothing(encoder, order):
     for memory in (0, need, 2 * need, 10**9):
         for chunk in (2, 7):
             found = evaluator(encoder, plan, memory=memory, chunk=chunk)
+            spacings.add(found.describe()["every"])
             run = [found.baseline()]
             for matrix in plan.matrices:
                 candidates = list(plan.candidates(matrix))
