@@ -13,7 +13,7 @@ from fastood.report.metricview import percent
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["number", "options", "render_page", "when"]
+__all__ = ["number", "options", "render_page", "signed", "when"]
 
 
 def render_page(template: str, *, version: str, fingerprint: str | None, **values: Any) -> str:
@@ -51,7 +51,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FunctionLoader(_read),
     )
     environment.filters.update(
-        percent=percent, svg=Markup, number=number, options=options, when=when
+        percent=percent, svg=Markup, number=number, options=options, signed=signed, when=when
     )
     return environment
 
@@ -63,6 +63,11 @@ def number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def signed(value: float) -> str:
+    """Five decimals, with a proper minus."""
+    return f"{value:.5f}".replace("-", "−")
 
 
 def options(given: Mapping[str, Any] | None) -> str:

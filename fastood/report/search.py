@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastood._version import __version__
 from fastood.atomic import replacing, write_text
-from fastood.report.page import number, options, render_page
+from fastood.report.page import number, options, render_page, signed
 from fastood.report.searchcharts import kept_chart, search_chart
 from fastood.report.searchview import KIND_NAMES, METRIC_NAMES, SearchView, Tower
 
@@ -110,7 +110,7 @@ def _values(view: SearchView) -> list[_Line]:
     lines += [
         _Line(name, f"{a:,}", f"{b:,}")
         for name, a, b in (
-            ("OOD patches", found.baseline.ood_patches, found.final.ood_patches),
+            ("OOD patches, number", found.baseline.ood_patches, found.final.ood_patches),
             ("batches without OOD patch", found.baseline.empty_batches, found.final.empty_batches),
             ("ties at the k-th logit", found.baseline.ties, found.final.ties),
         )
@@ -118,7 +118,7 @@ def _values(view: SearchView) -> list[_Line]:
     for name in METRIC_NAMES if view.score else ():
         pair = [_metric(value, view.score, name) for value in (found.baseline, found.final)]
         if pair[0] is not None or pair[1] is not None:
-            texts = ("–" if x is None else f"{x:.5f}" for x in pair)
+            texts = ("–" if x is None else signed(x) for x in pair)
             lines.append(_Line(f"{METRIC_NAMES[name]} of {view.score}", *texts))
     return lines
 
@@ -131,8 +131,8 @@ def _objective(view: SearchView) -> _Line:
     name = view.objective_name
     return _Line(
         name[0].upper() + name[1:],
-        f"{view.found.baseline.objective:.5f}",
-        f"{view.found.final.objective:.5f}",
+        signed(view.found.baseline.objective),
+        signed(view.found.final.objective),
         "↑" if view.sign > 0 else "↓",
     )
 
@@ -151,7 +151,7 @@ def _line(view: SearchView, field: str) -> _Line:
     before, after = (getattr(value, field) for value in (view.found.baseline, view.found.final))
     if field in ("ood_share", "accuracy"):
         return _Line(name, f"{100 * before:.2f} %", f"{100 * after:.2f}", arrow, "%")
-    return _Line(name, f"{before:.5f}", f"{after:.5f}", arrow)
+    return _Line(name, signed(before), signed(after), arrow)
 
 
 def _facts(view: SearchView) -> dict[str, Any]:
@@ -169,18 +169,19 @@ def _facts(view: SearchView) -> dict[str, Any]:
         "seed": view.recipe.seed,
         "objective": options({k: v for k, v in objective.items() if v is not None}),
         "its settings": search.get("settings_from"),
-        "partition": f"{partition.get('kind', '')}: {_batches(batches)}" if batches else None,
+        "partition": f"{partition.get('kind', '')}, {_batches(batches)}" if batches else None,
         "evaluations": number(len(view.found.rows)),
         "time": _duration(view.seconds),
     }
 
 
 def _batches(sizes: list[int]) -> str:
-    if len(sizes) == 1:
-        return f"one batch of {sizes[0]:,}"
-    rest = f" and {sizes[-1]:,}" if sizes[-1] != sizes[0] else ""
-    full = len(sizes) - bool(rest)
-    return f"{full} × {sizes[0]:,}{rest}"
+    """Equal ones and a rest."""
+    last = sizes[-1] != sizes[0]
+    full = len(sizes) - last
+    text = f"{full} × {sizes[0]:,}" if full > 1 else f"{sizes[0]:,}"
+    text += f" and {sizes[-1]:,}" if last else ""
+    return f"{'batches' if len(sizes) > 1 else 'one batch'} of {text} images"
 
 
 def _sources(view: SearchView) -> dict[str, Any]:

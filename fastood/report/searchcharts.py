@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from fastood.report.curves import ticks
+from fastood.report.page import signed
 from fastood.report.searchview import KIND_NAMES, Candidate, SearchView, Tower
 from fastood.report.svg import _n, _open, _path
 
@@ -78,7 +79,7 @@ def search_chart(view: SearchView) -> str:
     start = view.found.baseline.objective
     out.append(
         f'<circle class="dot start" cx="{_n(axes.x(0))}" cy="{_n(axes.y(start))}" r="4.6">'
-        f"<title>the model as it is: {start:.5f}</title></circle>"
+        f"<title>the model as it is: {signed(start)}</title></circle>"
         f'<text class="title" x="{_n((axes.left + axes.right) / 2)}" y="314" '
         'text-anchor="middle">candidates in order, grouped by visit</text>'
     )
@@ -99,7 +100,7 @@ def _steps(view: SearchView, numbered: _Numbered, axes: _Axes) -> list[tuple[flo
 def _named(candidate: Candidate) -> str:
     row = candidate.row
     state = ", accepted" if candidate.accepted else ""
-    return f"{row.matrix} without {row.count}: {row.value.objective:.5f}{state}"
+    return f"{row.matrix} without {row.count}: {signed(row.value.objective)}{state}"
 
 
 def _visits(view: SearchView, numbered: _Numbered, axes: _Axes) -> list[str]:
