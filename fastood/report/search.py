@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastood._version import __version__
 from fastood.atomic import replacing, write_text
 from fastood.report.page import number, options, render_page, signed
-from fastood.report.searchcharts import kept_chart, search_chart
+from fastood.report.searchcharts import is_wide, kept_chart, search_chart
 from fastood.report.searchview import KIND_NAMES, METRIC_NAMES, SearchView, Tower
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _tower(tower: Tower) -> dict[str, Any]:
     return {
         "name": tower.name,
         "chart": kept_chart(tower),
+        "wide": is_wide(tower),
         "kinds": [KIND_NAMES[kind] for kind in tower.kinds],
     }
 

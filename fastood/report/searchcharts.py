@@ -15,7 +15,11 @@ from fastood.report.page import signed
 from fastood.report.searchview import KIND_NAMES, Candidate, SearchView, Tower
 from fastood.report.svg import _n, _open, _path
 
-__all__ = ["kept_chart", "search_chart"]
+__all__ = ["is_wide", "kept_chart", "search_chart"]
+
+
+_NARROW = 16  # bars that have room beside another chart
+_LABEL = 19.0  # width of a bar that has room for a number
 
 
 class _Axes(NamedTuple):
@@ -141,13 +145,18 @@ def _towers(view: SearchView, numbered: _Numbered, axes: _Axes) -> list[str]:
     return out
 
 
+def is_wide(tower: Tower) -> bool:
+    """Whether the chart of a tower needs the whole width of the page."""
+    return len(tower.places) * len(tower.kinds) > _NARROW
+
+
 def kept_chart(tower: Tower) -> str:
     """Bars of the share of singular directions that each block keeps."""
     left, right, top, bottom, side = 40.0, 6.0, 20.0, 36.0, 110.0
-    slot = max(24.0, 13.0 * len(tower.kinds) + 6, 440.0 / max(len(tower.places), 1))
-    width = left + right + slot * len(tower.places)
+    width = 1000.0 if is_wide(tower) else 486.0
+    slot = (width - left - right) / max(len(tower.places), 1)
     floor, height = top + side, top + side + bottom
-    bar = min(26.0, (slot - 6) / len(tower.kinds))
+    bar = min(26.0, 0.86 * slot / len(tower.kinds))
     out = [_open(width, height, "kept", f"kept share of each block of the {tower.name} tower")]
     for share in (0.0, 0.5, 1.0):
         at = floor - side * share
@@ -170,7 +179,7 @@ def kept_chart(tower: Tower) -> str:
             f'width="{_n(bar - 1)}" height="{_n(side * item.kept)}">'
             f"<title>{escape(item.address)}: {item.kept:.1%} kept</title></rect>"
         )
-        if item.changed:
+        if item.changed and bar >= _LABEL:
             dropped = f"−{100 * (1 - item.kept):.0f}"
             out.append(
                 f'<text class="pick" x="{_n(at)}" y="{_n(floor - side - 5)}" '
@@ -184,5 +193,6 @@ def kept_chart(tower: Tower) -> str:
 
 
 def _axis(tower: Tower) -> str:
-    kinds = ", ".join(KIND_NAMES[kind] for kind in tower.kinds)
-    return escape(f"block, from the input ({kinds})")
+    """Of several kinds the legend says which."""
+    kind = f" ({KIND_NAMES[tower.kinds[0]]})" if len(tower.kinds) == 1 else ""
+    return escape(f"block, from the input{kind}")

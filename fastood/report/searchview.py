@@ -28,8 +28,8 @@ KIND_NAMES = {
     "k": "keys",
     "v": "values",
     "o": "attention output",
-    "up": "MLP, up",
-    "down": "MLP, down",
+    "up": "MLP up",
+    "down": "MLP down",
     "proj": "projection",
 }
 _TAIL = 0.1  # share of candidates that may lie beyond the axis, on the worse side
