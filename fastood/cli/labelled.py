@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastood.cli import inputs
 
@@ -11,22 +11,7 @@ if TYPE_CHECKING:
     from fastood.data.imageset import ImageSet
     from fastood.features.featureset import FeatureSet
 
-__all__ = ["is_drawn", "read_pairs", "read_shots", "read_training"]
-
-
-def read_pairs(what: str, texts: list[str] | None) -> dict[str, Any]:
-    """``name=value`` texts; ``a+b`` is a list."""
-    found: dict[str, Any] = {}
-    for text in texts or ():
-        key, equals, value = text.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or not key:
-            raise ValueError(f"{what}: expected name=value, got {text!r}")
-        if key in found:
-            raise ValueError(f"{what}: {key!r} is given twice")
-        parts = [inputs.literal(part.strip()) for part in value.split("+")]
-        found[key] = parts if "+" in value else parts[0]
-    return found
+__all__ = ["is_drawn", "read_shots", "read_training"]
 
 
 def read_shots(text: str) -> int | None:

@@ -346,7 +346,7 @@ def _bar(*, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
 
     def update(at: Progress) -> None:
         nonlocal task
-        fields = {"best": "-" if at.objective is None else f"{at.objective:.5f}"}
+        fields: dict[str, Any] = {"best": "-" if at.objective is None else f"{at.objective:.5f}"}
         text = f"{at.visit}/{at.visits} {at.matrix}" if at.visit else "the model as it is"
         if task is None:
             task = bar.add_task(text, total=1.0, **fields)

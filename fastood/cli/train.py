@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from fastood.cli import inputs, show
+from fastood.cli import inputs, labelled, show
 from fastood.cli import options as o
 
 if TYPE_CHECKING:
-    from fastood.data.imageset import ImageSet
-    from fastood.features.featureset import FeatureSet
     from fastood.tuning.history import Progress
 
 __all__ = ["train"]
@@ -120,10 +118,10 @@ def train(
     from fastood.tuning.registry import method_class
 
     name, settings = _method(method)
-    count = _shots(shots)
+    count = labelled.read_shots(shots)
     if select not in ("last", "validation"):
         raise ValueError(f"--select: expected 'last' or 'validation', got {select!r}")
-    if select == "validation" and val is None and not _drawn(id):
+    if select == "validation" and val is None and not labelled.is_drawn(id):
         raise ValueError("--select validation: expected validation images, got none; give --val")
     kind = method_class(name)
     check_given(kind, settings)
@@ -132,11 +130,7 @@ def train(
     folder = Path(f"fastood-{name}") if out is None else out
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder}: expected a folder, got a file")
-    images, names, held = _sets(id, val, classes, class_match, limit, count, seed)
-    if names is None:
-        raise ValueError(
-            f"--id {id}: expected labelled images (a subfolder for each class), found no classes"
-        )
+    images, names, held = labelled.read_training(id, val, classes, class_match, limit, count, seed)
     world = World.from_environment()
     encoder = load_model(
         model,
@@ -230,43 +224,6 @@ def _pairs(what: str, texts: list[str] | None) -> dict[str, Any]:
         parts = [inputs.literal(part.strip()) for part in value.split("+")]
         found[key] = parts if "+" in value else parts[0]
     return found
-
-
-def _shots(text: str) -> int | None:
-    if text == "all":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"--shots: expected a number of images of each class or 'all', got {text}")
-    return int(text)
-
-
-def _drawn(text: str) -> bool:
-    """Whether ``--id`` names a CoOp split as a whole: then both of its sets are drawn together."""
-    path = Path(text)
-    file = path.is_file() and path.suffix.lower() == ".json"
-    return file or (path.is_dir() and len(list(path.glob("split_zhou_*.json"))) == 1)
-
-
-def _sets(
-    id: str,
-    val: str | None,
-    classes: str | None,
-    match: str,
-    limit: int | None,
-    shots: int | None,
-    seed: int,
-) -> tuple[ImageSet | FeatureSet, tuple[str, ...] | None, ImageSet | FeatureSet | None]:
-    """Training images, class names, validation images."""
-    if not _drawn(id):
-        images, names = inputs.read_named_set(id, classes, match=match, limit=limit)
-        return images, names, None if val is None else inputs.read_set(val, limit=limit)
-    from fastood.tuning.fewshot import coop_split
-
-    if classes is not None or limit is not None:
-        raise ValueError(f"--id {id}: a CoOp split names its classes and images; expected neither "
-                         "--classes nor --limit")  # fmt: skip
-    images, held = coop_split(id, shots, seed)
-    return images, images.class_names, held if val is None else inputs.read_set(val)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ __all__ = [
     "LowRankBasis",
     "Part",
     "TruncatedSVD",
+    "check_part",
     "count_of",
     "low_rank",
     "truncated_svd",
@@ -181,7 +182,7 @@ def low_rank(
         >>> low_rank(torch.diag(torch.tensor([3.0, 1.0, 2.0])), drop=1).diagonal().abs()
         tensor([3., 0., 2.])
     """
-    _check_part(part, seed)
+    check_part(part, seed)
     _counts(drop, min(_stack(weights).shape[1:]))  # refused before the work starts
     return LowRankBasis(weights).drop(drop, part=part, seed=seed)
 
@@ -240,7 +241,7 @@ class LowRankBasis:
         Raises:
             ValueError: shares, numbers and names that do not exist.
         """
-        _check_part(part, seed)
+        check_part(part, seed)
         counts = _counts(x, self.size)
         basis = self._dropped(max(counts, default=0), part, seed)
         found = [self._one(w) for w in drop_tails(self._weights, basis, counts)]
@@ -261,7 +262,7 @@ class LowRankBasis:
         Raises:
             ValueError: shares, numbers and names that do not exist.
         """
-        _check_part(part, seed)
+        check_part(part, seed)
         values, short = self._dropped(count_of(x, self.size), part, seed)
         order = values.argsort(dim=-1, descending=True, stable=True)[:, None]
         short = short.gather(-1, order.expand_as(short))  # (N, size, r)
@@ -287,7 +288,7 @@ class LowRankBasis:
         Raises:
             ValueError: shares, numbers and names that do not exist.
         """
-        _check_part(part, seed)
+        check_part(part, seed)
         dropped = self._dropped(count_of(x, self.size), part, seed).values
         dropped, total = (v.clamp_min(0).sum(-1) for v in (dropped, self._basis.values))
         return self._one(torch.where(total > 0, dropped / total, 0.0))
@@ -317,7 +318,8 @@ def _counts(x: Any, size: int) -> list[int]:
     return [count_of(value, size) for value in (x if _several(x) else [x])]
 
 
-def _check_part(part: str, seed: int) -> None:
+def check_part(part: str, seed: int) -> None:
+    """Raise a ValueError for a part that does not exist, or a seed out of range."""
     if part not in get_args(Part):
         raise ValueError(f"part: expected one of {', '.join(get_args(Part))}, got {part!r}")
     check_count("seed", seed, 0, _LAST_SEED)

@@ -21,7 +21,7 @@ from fastood.models.base import Encoder
 from fastood.models.matrices import list_matrices
 from fastood.scores.inputs import check_count
 from fastood.setar.evaluate import Evaluator
-from fastood.setar.lowrank import Part
+from fastood.setar.lowrank import Part, check_part
 from fastood.setar.matching import network_of
 from fastood.setar.objective import Objective, Value
 from fastood.setar.plan import RATIOS, make_plan
@@ -132,6 +132,7 @@ def search(
         >>> plan.visits, plan.evaluations
         (6, 48)
     """
+    check_part(part, seed)
     model = network_of(encoder)
     plan = make_plan(
         model, order=order, kinds=kinds, ratios=ratios, projections=projections, layers=layers
