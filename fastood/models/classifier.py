@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fastood.errors import ModelError
 from fastood.models.base import Encoder, ImageFeatures
+from fastood.models.local import capture_input
+from fastood.models.swin import Swin, swin
 
 if TYPE_CHECKING:
     from fastood.scores.bank import Similarities
@@ -23,36 +25,43 @@ class ClassifierHead:
 
     ``logit_scale`` is 1, so at tau = 1 ``mcm`` and ``msp`` are both the maximum softmax
     probability and ``energy`` is the log-sum-exp of the logits.
+
+    Args:
+        layer: (..., D) → (..., K); it is copied.
+        patches: whether local features make sense to it.
     """
 
     logit_scale = 1.0
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, *, patches: bool = False) -> None:
         self.layer = copy.deepcopy(layer).float().eval()
+        self.patches = patches
 
     @torch.no_grad()
     def similarities(self, features: Tensor, local: Tensor | None = None) -> Similarities:
-        """Logits (B, K) in float32 of features (B, D).
+        """Logits (B, K) in float32 of features (B, D), and (B, P, K) of local ones (B, P, D).
 
         Raises:
-            ValueError: if local features are given; a classifier has none.
+            ValueError: if local features are given, and the classifier has none.
         """
         from fastood.scores.bank import Similarities
 
-        if local is not None:
-            raise ValueError("local: a classifier head has no local features, got a tensor")
+        if local is not None and not self.patches:
+            raise ValueError("local: this classifier has no local features, got a tensor")
         weight = next(self.layer.parameters())
         if weight.device != features.device:
             self.layer = self.layer.to(features.device)
-        return Similarities(image=self.layer(features.float()))
+        patches = None if local is None else self.layer(local.float())
+        return Similarities(image=self.layer(features.float()), local=patches)
 
 
 class ClassifierEncoder(Encoder):
     """An image classifier: the features before its last layer, and that layer as a head.
 
-    There are no text and no local features: classes are the head's own. Classes below this one are
-    built from ``(model, preprocess, *, name, class_names, preprocess_id)``, which is how they are
-    copied.
+    There is no text: classes are the head's own. Of classifiers only Swins have local features,
+    those of the value path (``fastood.models.swin``), to which the head is applied as it is.
+    Classes below this one are built from ``(model, preprocess, *, name, class_names,
+    preprocess_id)``, which is how they are copied.
 
     Attributes:
         model: the classifier, in evaluation mode.
@@ -63,7 +72,7 @@ class ClassifierEncoder(Encoder):
     model: Any
     class_names: tuple[str, ...] | None = None
     input_size: tuple[int, int, int]
-    no_local = "classifiers have no joint space for their patches"
+    no_local: str | None = "classifiers have no joint space for their patches"
 
     @property
     def fingerprint(self) -> str:
@@ -74,7 +83,16 @@ class ClassifierEncoder(Encoder):
         pixels = self._checked(pixels, local=local)
         if not len(pixels):
             return self._nothing(local=local)
-        return ImageFeatures(self._features(pixels))
+        if not local:
+            return ImageFeatures(self._features(pixels))
+        parts = swin(self.model)
+        if isinstance(parts, str):  # it was known when this was made
+            raise ModelError(f"{self.name} has no local features any more: {parts}")
+        last = parts.blocks[-1]
+        with capture_input(last.module) as given:
+            image = self._features(pixels)
+        patches = parts.norm(last.value_path(given()))
+        return ImageFeatures(image, patches.reshape(len(pixels), -1, patches.shape[-1]))
 
     def head(self) -> ClassifierHead:
         """The classifier's own head."""
@@ -97,7 +115,8 @@ class ClassifierEncoder(Encoder):
 
     @torch.no_grad()
     def _find_head(self) -> None:
-        """Fill ``embed_dim`` and the head, once the last layer is seen to make the model's logits.
+        """Fill ``embed_dim`` and the head, once the last layer is seen to make the model's logits,
+        and what concerns local features.
 
         Raises:
             ModelError: if it makes other logits.
@@ -117,4 +136,10 @@ class ClassifierEncoder(Encoder):
                 f"{self.name}: its last layer does not map the pre-logits to the logits "
                 f"(a distilled or multi-head classifier?); wrap its logits in CallableEncoder"
             )
-        self._head, self.embed_dim = ClassifierHead(layer), int(features.shape[-1])
+        self.embed_dim = int(features.shape[-1])
+        if isinstance(swin(self.model), Swin):
+            self.no_local = None
+            local = self.encode_image(pixels, local=True).local
+            assert local is not None
+            self.num_patches = local.shape[1]
+        self._head = ClassifierHead(layer, patches=self.no_local is None)

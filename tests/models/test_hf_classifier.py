@@ -93,9 +93,11 @@ def test_fingerprint_sees_weights_and_settings():
 
 
 def test_what_it_has_not():
-    enc = HFClassifierEncoder(swins.swin("hf v2"), tiny.blank, name="mine")
+    enc = HFClassifierEncoder(vit(), tiny.blank, name="mine")
     with pytest.raises(ModelError, match=r"mine has no local features: classifiers have no joint"):
-        enc.encode_image(tiny.pixels(1, size=64), local=True)
+        enc.encode_image(tiny.pixels(1, size=32), local=True)
+    with pytest.raises(ValueError, match="no local features"):
+        enc.head().similarities(torch.zeros(1, 24), torch.zeros(1, 2, 24))
     with pytest.raises(ModelError, match="no text tower"):
         enc.encode_text(["a"])
     with pytest.raises(ModelError, match=r"expected a Hugging Face ...ForImageClassification"):

@@ -12,11 +12,11 @@ from torch import nn
 from fastood.errors import ModelError
 from fastood.models import HFClassifierEncoder, TimmEncoder
 from fastood.models.matrices import KINDS, find, swin_layers
+from fastood.models.swin import swin_block
 from fastood.setar.lowrank import LowRankBasis
 from fastood.setar.tails import Tails
 from fastood.setar.towers.base import image_tower
 from fastood.setar.towers.swin import SwinTower
-from fastood.setar.towers.swin_blocks import swin_block
 from tests import tolerances as tol
 from tests.models import swins, tiny
 
@@ -261,7 +261,9 @@ def test_value_path_of_a_block_that_is_not_what_it_seems_is_refused():
 def test_what_cannot_be_taken_apart():
     timm = pytest.importorskip("timm")
     resnet = TimmEncoder(timm.create_model("resnet10t", num_classes=3), tiny.blank, name="small")
-    with pytest.raises(ModelError, match=r"small: of classifiers SeTAR knows .* got a ResNet"):
+    with pytest.raises(
+        ModelError, match=r"small: the image tower .* ResNet is not a Swin classifier"
+    ):
         image_tower(resnet)
     half = TimmEncoder(swins.swin("timm v2"), tiny.blank, dtype=torch.bfloat16)
     with pytest.raises(ModelError, match="needs float32 or float64"):

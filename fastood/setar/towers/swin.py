@@ -1,10 +1,7 @@
 """Swin classifiers of timm and Hugging Face, versions 1 and 2.
 
-Patches have no path of their own in a Swin, so SeTAR gives them GL-MCM's: in the last block every
-token keeps its own value (its attention matrix is the identity; windows and shifts then change
-nothing), passes the MLP and the final norm, and the classifier is applied to it as it is. All
-tokens are pooled for the image, so unlike in a CLIP the last block runs whole; behind its attention
-both paths run as one batch.
+All tokens are pooled for the image, so unlike in a CLIP the last block runs whole. Patches take its
+value path (``fastood.models.swin``), which behind attention runs as one batch with the main path.
 
 Between stages the map is halved. Here that belongs to the last block of a stage in both libraries,
 so that what is kept between blocks is the smaller map.
@@ -12,17 +9,16 @@ so that what is kept between blocks is the smaller map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastood.errors import ModelError
 from fastood.models.classifier import ClassifierEncoder
-from fastood.models.matrices import Matrix, swin_layers
+from fastood.models.matrices import Matrix
+from fastood.models.swin import SwinBlock, swin
 from fastood.setar.tails import Tails
 from fastood.setar.towers.base import (
     ImageTower,
@@ -32,7 +28,6 @@ from fastood.setar.towers.base import (
     compare,
     input_of,
 )
-from fastood.setar.towers.swin_blocks import SwinBlock, swin_block
 
 __all__ = ["SwinTower"]
 
@@ -53,27 +48,22 @@ class SwinTower(ImageTower):
         self.name, self._model = encoder.name, encoder.model
         self._device, self._dtype = encoder.device, encoder.dtype
         check_precision(encoder)
-        if not swin_layers(self._model):
-            raise ModelError(
-                f"{encoder.name}: of classifiers SeTAR knows the Swin Transformers of timm and "
-                f"Hugging Face, got a {type(self._model).__name__}"
-            )
+        parts = swin(self._model)
+        if isinstance(parts, str):
+            raise self._unknown(parts)
         classifier = encoder.classifier()
         if not isinstance(classifier, nn.Linear):
             raise self._unknown(f"its classifier is a {type(classifier).__name__}")
         self._classifier = classifier
-        hugging_face = hasattr(self._model, "swinv2") or hasattr(self._model, "swin")
-        parts = _hugging_face(self._model) if hugging_face else _timm(self._model)
-        self._entry, blocks, self._halve, self._norm, self._pool, self._map = parts
-        self._blocks = [self._known(block) for block in blocks]
+        self._parts, self._blocks = parts, parts.blocks
         self.depth = len(self._blocks)
         self._check(encoder)
 
     @torch.no_grad()
     def start(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self._device, self._dtype)
-        x = input_of(self._entry, lambda: self._model(pixels)).detach()
-        return self._map(x, pixels)
+        x = input_of(self._blocks[0].module, lambda: self._model(pixels)).detach()
+        return self._parts.to_map(x, pixels)
 
     @torch.no_grad()
     def block(self, index: int, x: Tensor) -> Tensor:
@@ -101,10 +91,10 @@ class SwinTower(ImageTower):
     @torch.no_grad()
     def _seen_variants(self, matrix: Matrix, tails: Tails, x: Tensor) -> Iterator[Seen]:
         if matrix.kind in ("q", "k"):  # patches do not ask
-            last = self._blocks[-1]
-            local = self._norm(last.feed(last.join(x, last.out(last.values(x))))).flatten(1, 2)
+            parts = self._parts
+            local = parts.norm(self._blocks[-1].value_path(x)).flatten(1, 2)
             for y in self._candidates(matrix, tails, x, both=False):
-                yield Seen(self._pool(self._norm(y)), local)
+                yield Seen(parts.pool(parts.norm(y)), local)
             return
         for y in self._candidates(matrix, tails, x, both=True):
             yield self._cut(y)
@@ -125,7 +115,8 @@ class SwinTower(ImageTower):
                     a = _after(block, x, both=both)
                 yield block.feed(a)
         elif kind == "o":
-            heads = torch.cat([block.heads(x), block.values(x)]) if both else block.heads(x)
+            heads = _heads(block, x)
+            heads = torch.cat([heads, block.values(x)]) if both else heads
             x = torch.cat([x, x]) if both else x
             for mixed in tails.results(heads, block.out(heads)):
                 yield block.feed(block.join(x, mixed))
@@ -142,13 +133,13 @@ class SwinTower(ImageTower):
                 yield block.leave(a, z)
 
     def _next(self, index: int, y: Tensor) -> Tensor:
-        halve = self._halve.get(index)
+        halve = self._parts.halve.get(index)
         return y if halve is None else halve(y)
 
     def _cut(self, both: Tensor) -> Seen:
         """From maps of the main and of the value path."""
-        main, value = self._norm(both).chunk(2)
-        return Seen(self._pool(main), value.flatten(1, 2))
+        main, value = self._parts.norm(both).chunk(2)
+        return Seen(self._parts.pool(main), value.flatten(1, 2))
 
     @contextmanager
     def _replaced(self, matrix: Matrix, weight: Tensor) -> Iterator[None]:
@@ -167,12 +158,6 @@ class SwinTower(ImageTower):
         finally:
             owner._parameters[matrix.parameter] = own
 
-    def _known(self, module: nn.Module) -> SwinBlock:
-        block = swin_block(module)
-        if isinstance(block, str):
-            raise self._unknown(block)
-        return block
-
     def _unknown(self, why: str) -> ModelError:
         return ModelError(f"{self.name}: the image tower cannot be taken apart: {why}")
 
@@ -182,7 +167,10 @@ class SwinTower(ImageTower):
         x = self.start(noise)
         for i in range(self.depth - 1):
             x = self.block(i, x)
-        compare(self.name, "image features", self.seen(x).image, encoder.encode_image(noise).image)
+        whole, seen = encoder.encode_image(noise, local=True), self.seen(x)
+        assert whole.local is not None
+        compare(self.name, "image features", seen.image, whole.image)
+        compare(self.name, "patch features", seen.local, whole.local)
         # tokens that are all alike get their own value whatever they attend to
         last = self._blocks[-1]
         if all(
@@ -193,9 +181,27 @@ class SwinTower(ImageTower):
             compare(self.name, "patch features", value, main)
 
 
+def _mixed(block: SwinBlock, x: Tensor) -> Tensor:
+    """m of a map as the module computes it, in the order of the map."""
+    return input_of(block.over, lambda: block.forward(x)).reshape(x.shape)
+
+
+def _heads(block: SwinBlock, x: Tensor) -> Tensor:
+    """What the output layer is given, in the order of the map.
+
+    Cutting a map into windows and putting it together again only moves tokens, so the output layer
+    can come behind that as well as before.
+    """
+    handle = block.out.register_forward_hook(lambda _, args, result: args[0])
+    try:
+        return _mixed(block, x)
+    finally:
+        handle.remove()
+
+
 def _after(block: SwinBlock, x: Tensor, *, both: bool) -> Tensor:
     """The map after attention; ``both`` has that of the value path behind it."""
-    mixed = block.mix(x)
+    mixed = _mixed(block, x)
     if not both:
         return block.join(x, mixed)
     return block.join(torch.cat([x, x]), torch.cat([mixed, block.out(block.values(x))]))
@@ -206,63 +212,3 @@ def _weights(tails: Tails, weight: Tensor) -> Iterator[Tensor]:
     units = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
     for made in tails.results(units, weight.T):
         yield made.T
-
-
-_Parts = tuple[
-    nn.Module,
-    list[nn.Module],
-    dict[int, Callable[[Tensor], Tensor]],
-    Callable[[Tensor], Tensor],
-    Callable[[Tensor], Tensor],
-    Callable[[Tensor, Tensor], Tensor],
-]
-"""First block, all blocks, what halves the map behind some of them, final norm, pooling to
-(b, C), and the map from what enters the first block and pixels."""
-
-
-def _timm(model: Any) -> _Parts:
-    stages = list(model.layers)
-    blocks = [block for stage in stages for block in stage.blocks]
-    halve: dict[int, Callable[[Tensor], Tensor]] = {}
-    index = 0
-    for here, following in pairwise(stages):
-        index += len(here.blocks)
-        halve[index - 1] = following.downsample
-
-    def pool(x: Tensor) -> Tensor:
-        return model.forward_head(x, pre_logits=True)
-
-    return blocks[0], blocks, halve, model.norm, pool, lambda x, _: x
-
-
-def _hugging_face(model: Any) -> _Parts:
-    body = model.swinv2 if hasattr(model, "swinv2") else model.swin
-    stages = list(body.encoder.layers)
-    blocks = [block for stage in stages for block in stage.blocks]
-    halve: dict[int, Callable[[Tensor], Tensor]] = {}
-    index = 0
-    for stage in stages:
-        index += len(stage.blocks)
-        if stage.downsample is not None:
-            halve[index - 1] = _on_rows(stage.downsample)
-    size = model.config.patch_size
-    patch = (size, size) if isinstance(size, int) else tuple(size)
-
-    def pool(x: Tensor) -> Tensor:
-        return body.pooler(x.flatten(1, 2).transpose(1, 2)).flatten(1)
-
-    def to_map(x: Tensor, pixels: Tensor) -> Tensor:
-        # images are padded to whole patches
-        height = -(-pixels.shape[-2] // patch[0])
-        return x.unflatten(1, (height, -1))
-
-    return blocks[0], blocks, halve, body.layernorm, pool, to_map
-
-
-def _on_rows(downsample: Any) -> Callable[[Tensor], Tensor]:
-    def halve(x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        rows = downsample(x.flatten(1, 2), (height, width))
-        return rows.unflatten(1, ((height + 1) // 2, (width + 1) // 2))
-
-    return halve
