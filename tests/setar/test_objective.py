@@ -382,3 +382,18 @@ def test_local_features_may_be_a_view():
     data.local = wide[:, 4:]
     assert not data.local.is_contiguous()
     assert data.value(objective, [5]) == want
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("score", [None, *SCORES])
+def test_on_a_gpu(score):
+    data = Data(n=17, p=30, k=40, seed=2)
+    objective = Objective("auroc" if score else "loss", score, top_k=12)
+    want = data.value(objective, [9, 8])
+    for name in ("weight", "local", "logits"):
+        setattr(data, name, getattr(data, name).cuda())
+    found = data.value(objective, [9, 8], chunk=5)
+    assert found.loss == pytest.approx(want.loss, rel=F64["rtol"])
+    assert found.objective == pytest.approx(want.objective, rel=F64["rtol"])
+    assert (found.ood_patches, found.accuracy) == (want.ood_patches, want.accuracy)
