@@ -121,9 +121,9 @@ class Evaluator:
     def baseline(self, done: Callable[[float], None] | None = None) -> Value:
         """The objective of the model as accepted."""
         with exact():
-            tally = self._tally()
+            tally, classes = self._tally(), self._classes()
             for c in range(len(self._chunks)):
-                self._add(tally, c, self._seen(c), self._classes())
+                self._add(tally, c, self._seen(c), classes)
                 _report(done, self.cost_of_baseline / len(self._chunks))
             return tally.value()
 
@@ -149,11 +149,12 @@ class Evaluator:
                         self._add(tally, c, seen, classes)
                     _report(done, share)
             else:
-                banks = list(self._banks_with(matrix, tails))
+                # one tensor each for all chunks: packed forms are kept by tensor
+                banks = [self._scaled(bank) for bank in self._banks_with(matrix, tails)]
                 for c in range(len(self._chunks)):
                     seen = self._seen(c)
                     for tally, bank in zip(tallies, banks, strict=True):
-                        self._add(tally, c, seen, (self._scaled(bank), None))
+                        self._add(tally, c, seen, (bank, None))
                     _report(done, share)
             return [tally.value() for tally in tallies]
 
