@@ -23,14 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastood.models.blocks import Block, layer_norm, linear
+from fastood.models.blocks import Affine, Block, layer_norm, linear
 from fastood.models.matrices import Kind
 from fastood.setar.tails import Tails
 
 __all__ = ["Attention", "Heads", "step", "steps"]
 
-_SLICE_BYTES = 1 << 24
-"""Of a temporary on the CPU. glibc keeps freed blocks of up to 32 MB."""
+_SLICE_BYTES = 22 << 20
+"""Of a temporary on the CPU. glibc keeps freed blocks of up to 32 MB, so that larger ones are new
+memory each time; smaller slices cost the products more than they save (8 MB: 5 to 10 %)."""
 
 _QUICK_GELU = ("QuickGELU", "QuickGELUActivation")  # open_clip, transformers: y sigmoid(1.702 y)
 _QUICK = 1.702
@@ -70,9 +71,11 @@ def step(block: Block, x: Tensor, attention: Attention) -> Tensor:
     """Tokens (B, R, W) after the block, from those before it (B, N, W)."""
     going = attention.going(x)
     result = torch.empty(going.shape, dtype=x.dtype, device=x.device)
+    joint = block.joint()  # Hugging Face's is put together
     some = _slice(x, x.shape[1] * block.fc.weight.shape[0])
     for own, base, into in zip(x.split(some), going.split(some), result.split(some), strict=True):
-        heads = attention.attend(_project(block, layer_norm(block.norm_1, own), attention))
+        normed = layer_norm(block.norm_1, own)
+        heads = attention.attend(_project(block, joint, normed, attention))
         _feed(block, _join(block, base, heads.flatten(-2)), into)
     return result
 
@@ -86,7 +89,7 @@ def steps(
     Results are tensors of their own.
     """
     normed = layer_norm(block.norm_1, x)
-    parts = _project(block, normed, attention)
+    parts = _project(block, block.joint(), normed, attention)
     x = attention.going(x)
     if kind in ("q", "k", "v"):
         source = attention.asking(normed) if kind == "q" else normed
@@ -113,9 +116,9 @@ def steps(
         yield block.leave(x, z)
 
 
-def _project(block: Block, normed: Tensor, attention: Attention) -> Heads:
+def _project(block: Block, joint: Affine, normed: Tensor, attention: Attention) -> Heads:
     """Queries, keys and values of normed tokens (B, N, W)."""
-    weight, bias = block.joint()
+    weight, bias = joint
     width = weight.shape[0] // 3
     asking = attention.asking(normed)
     if asking is normed:
