@@ -30,6 +30,9 @@ from safetensors.torch import load_file
 from bench.parity_setar_jobs import jobs
 from fastood.data.imageset import ImageItem, ImageSet
 from fastood.models.base import Encoder
+from fastood.models.matrices import list_matrices
+from fastood.setar.lowrank import count_of
+from fastood.setar.matching import network_of
 from fastood.setar.objective import Value
 from fastood.setar.recipe import Recipe
 from fastood.setar.search import Found, search
@@ -199,7 +202,13 @@ def compare(job: dict[str, Any], folder: Path) -> Compared:
     found = ours(job, encoder, images)
     seen.seconds = time.perf_counter() - start
     seen.evaluations = len(found.rows)
-    mine = {(row.visit, row.matrix, float(row.ratio)): row.value for row in found.rows}
+    if found.baseline.empty_batches:
+        seen.notes.append(
+            f"{found.baseline.empty_batches} of {len(theirs['batches'])} batches of the first "
+            "model have no OOD patch"
+        )
+    sizes = {m.address: min(m.shape) for m in list_matrices(network_of(encoder))}
+    mine = {row.key: row.value for row in found.rows}  # shares of one number are tried once
 
     picks = [(p.address, float(p.ratio)) for p in found.recipe.picks]
     wanted = [(address(p, depths), float(p[3])) for p in theirs["picks"]]
@@ -208,11 +217,10 @@ def compare(job: dict[str, Any], folder: Path) -> Compared:
     agree = next((i for i, (a, b) in enumerate(zip(picks, wanted, strict=True)) if a != b), None)
     last = len(wanted) if agree is None else agree + 1  # comparable until the first other pick
 
-    per_visit: dict[tuple[int, str, float], dict[str, Any]] = {}
     for one in theirs["evaluations"]:
         visit = len(one["before"]) + 1
-        key = (visit, address(one["setting"], depths), float(one["setting"][3]))
-        per_visit[key] = one["metrics"]
+        name = address(one["setting"], depths)
+        key = (visit, name, count_of(float(one["setting"][3]), sizes[name]))
         if visit > last:
             continue
         value = found.baseline if visit == 1 and not key[2] else mine.get(key)
@@ -224,7 +232,7 @@ def compare(job: dict[str, Any], folder: Path) -> Compared:
             seen.loss = max(seen.loss, abs(a - b))
     seen.failed |= seen.loss > LOSSES[job["dtype"]]
     if agree is not None:
-        explain(seen, agree, picks, wanted, mine, found)
+        explain(seen, agree, picks[agree], wanted[agree], sizes, mine, found)
     return seen
 
 
@@ -250,22 +258,23 @@ def check_exchange(seen: Compared, encoder: Encoder, images: ImageSet, folder: P
 def explain(
     seen: Compared,
     place: int,
-    picks: list[tuple[str, float]],
-    wanted: list[tuple[str, float]],
-    mine: dict[tuple[int, str, float], Value],
+    pick: tuple[str, float],
+    wanted: tuple[str, float],
+    sizes: dict[str, int],
+    mine: dict[tuple[int, str, int], Value],
     found: Found,
 ) -> None:
     """The first other pick, with our values of both."""
     before = found.recipe.picks[place - 1].objective if place else found.baseline.objective
     values = []
-    for name, ratio in (picks[place], wanted[place]):
-        value = mine.get((place + 1, name, ratio))
+    for name, ratio in (pick, wanted):
+        value = mine.get((place + 1, name, count_of(ratio, sizes[name])))
         values.append(before if value is None else value.objective)
     gap = abs((values[0] or 0.0) - (values[1] or 0.0))
     seen.failed |= seen.job["dtype"] != "float32" or gap > LOSSES["float32"]
     seen.notes.append(
-        f"pick {place + 1}: fastood {picks[place][0]} {picks[place][1]:g} ({values[0]:.8f}), "
-        f"authors {wanted[place][0]} {wanted[place][1]:g} ({values[1]:.8f}); {gap:.1e} apart"
+        f"another pick {place + 1}: fastood {pick[0]} {pick[1]:g} ({values[0]:.8f}), "
+        f"authors {wanted[0]} {wanted[1]:g} ({values[1]:.8f}); {gap:.1e} apart"
     )
 
 

@@ -4,6 +4,7 @@ Lives in their environment (torch, transformers 4.37, their ``svd_ood`` and ``pe
 nothing of fastood. What is set from outside, without touching their files:
 
 - float64: ``torch.set_default_dtype``, for models saved in float64 and for their ``ToTensor``;
+  loaded models are cast, for the one buffer of Swins that is float32 whatever the default;
 - without a GPU ``Tensor.cuda`` returns the tensor: their loss calls it if no patch is OOD;
 - their data loaders start no worker processes, which only saves time;
 - ``test_classify``, which their repository lacks, and tensorboard are stand-ins in ``finetune``;
@@ -44,6 +45,15 @@ def setup(authors: Path, job: dict) -> None:
     torch.utils.data.DataLoader = Loader
     if not torch.cuda.is_available():
         torch.Tensor.cuda = lambda self: self
+    from svd_ood.model_hub import ModelHub
+
+    load = ModelHub.load
+
+    def cast(self, *args, **kwargs):
+        model, *rest = load(self, *args, **kwargs)
+        return (model.to(getattr(torch, job["dtype"])), *rest)
+
+    ModelHub.load = cast
 
 
 # Models and images

@@ -130,6 +130,8 @@ def jobs() -> list[dict[str, Any]]:
         clip("predicted", 21, layers=(4, 3), pred_label=True),
         clip("cross-entropy", 22, **few, best_metric="loss_id"),
         clip("patches", 23, **few, best_metric="loss_ood"),
+        clip("q-patches", 33, **few, **q, best_metric="loss_ood"),
+        clip("q-auroc-l-mcm", 34, **few, **q, **local),
         clip("auroc-mcm", 24, **few, **auroc),
         clip("fpr-gl-mcm", 25, **few, **fpr),
         clip("aupr-energy", 26, **few, **aupr),
@@ -146,8 +148,9 @@ def jobs() -> list[dict[str, Any]]:
             per_class=1,
             top_k=300,
         ),
-        clip("no-ood-patches", 32, layers=(4, 2), top_k=13, batch_size=3, per_class=1),
+        clip("no-ood-patches", 32, layers=(4, 2), top_k=13, batch_size=1, per_class=1),
         swin("swin", 41),
+        swin("swin-f32", 41, dtype="float32"),
         swin("swin-down", 42, weight_type="W_down"),
         swin("swin-q", 43, weight_type="W_q"),
         swin("swin-v", 44, weight_type="W_v", **energy),
@@ -157,6 +160,7 @@ def jobs() -> list[dict[str, Any]]:
         clip("ft", 51, layers=(4, 3), **tuned),
         clip("ft-proj", 52, layers=(4, 3), ft_lr=0.02, ft_decay=0.01, **tuned, **both),
         clip("ft-f32", 51, layers=(4, 3), dtype="float32", **tuned),
+        swin("ft-swin", 45, ft_lr=0.05, ft_decay=5e-4, **tuned),
         clip("lora", 53, layers=(4, 3), ft_lr=0.01, ft_decay=5e-4, ft_rank=4, **tuned),
     ]
     return [*main, *single, *more, *fine]

@@ -65,7 +65,7 @@ def write(rows: list[Compared], out: Path, *, complete: bool, extra: list[str]) 
     ]
     text += [line(row) for row in rows]
     noted = [f"- {row.job['name']}: {note}" for row in rows for note in row.notes]
-    text += ["", "Other picks, with fastood's values of both:", "", *noted] if noted else []
+    text += ["", *noted] if noted else []
     text += ["", NOT_COMPARED, *extra]
     if not complete:
         text.append("\nOnly some searches were run for this table.")
