@@ -38,7 +38,6 @@ from fastood.setar.objective import Objective, Tally, Value
 from fastood.setar.plan import Candidate, Plan
 from fastood.setar.prefix import Prefix, bytes_of, spacing
 from fastood.setar.tails import Tails
-
 from fastood.setar.towers.base import ImageTower, Seen, image_tower
 from fastood.setar.towers.text import TextParts
 from fastood.tuning.room import free_memory, size_text
@@ -195,7 +194,7 @@ class Evaluator:
         return {
             "memory": self._budget,
             "every": self._prefix.every,
-            "input_bytes": self._input_bytes,
+            "input_bytes": list(self._input_bytes),
             "feature_bytes": self._feature_bytes,
             "keeps_features": self._keeps_features,
             "chunk": len(self._chunks[0]),
@@ -303,25 +302,25 @@ class Evaluator:
         self._tails[matrix.address] = basis, tails
         return basis, tails
 
-    def _measure(self) -> tuple[int, int, tuple[float, float, float]]:
-        """Bytes of a kept input and of all features; cost of an image block, a text block and the
-        patch logits."""
+    def _measure(self) -> tuple[tuple[int, ...], int, tuple[float, float, float]]:
+        """Bytes of the inputs of each block and of all features; cost of an image block, a text
+        block and the patch logits."""
         with exact():
             x = self._start(0)
             self._first = (0, x)
-            n, width = len(self._labels), x.shape[-1]
-            of_one = x.numel() // len(self._chunks[0])
-            patches = of_one / width
-            each = n * of_one * x.element_size()
-            classes, bias = self._classes()
-            del bias
-            k, d = classes.shape
-            features = int(n * (patches + 1) * d * x.element_size())
+            n, size = len(self._labels), x.element_size()
+            y, inputs = x[:1], [x[:1].numel()]
+            for i in range(self._image.depth - 1):  # of a Swin they shrink
+                y = self._image.block(i, y)
+                inputs.append(y.numel())
+            k, d = self._classes()[0].shape
+            patches = self._image.seen(y).local.shape[1]
+            of_block = inputs[0] * x.shape[-1]  # a twelfth of the multiply-adds of an image
             text = 0.0
-            if self._text_prefix is not None and self._text is not None:
-                size = bytes_of(self._text_prefix.input(0, 0)) / x.element_size()
-                text = size * d / (n * of_one * width)
-            return each, features, (1.0, text, k * d / (12 * width * width))
+            if self._text_prefix is not None:
+                text = bytes_of(self._text_prefix.input(0, 0)) / size * d / (n * of_block)
+            each = tuple(n * one * size for one in inputs)
+            return each, n * (patches + 1) * d * size, (1.0, text, patches * k * d / 12 / of_block)
 
     def _arrange(self, tower: str) -> None:
         """Give the memory to what the coming visits need."""
@@ -334,18 +333,18 @@ class Evaluator:
         if self._plan.mixed:
             self._keeps_features = 2 * features <= budget
             left = budget - features * self._keeps_features
-            self._prefix.every = spacing(depth, inputs, left)
+            self._prefix.every = spacing(inputs, left)
         elif tower == "image":
             self._features.clear()
             self._keeps_features = False
-            self._prefix.every = spacing(depth, inputs, budget)
+            self._prefix.every = spacing(inputs, budget)
         else:
             self._keeps_features = features <= budget
             later = self._plan.order == "text_image"
             if not self._keeps_features:
-                self._prefix.every = spacing(depth, inputs, budget)
+                self._prefix.every = spacing(inputs, budget)
             else:
-                self._prefix.every = depth if later and features + inputs <= budget else 0
+                self._prefix.every = depth if later and features + inputs[0] <= budget else 0
                 for c in range(len(self._chunks) if not first else 0):
                     self._seen(c)
                     if not later:
@@ -354,7 +353,7 @@ class Evaluator:
 
     def _say(self) -> None:
         every, depth = self._prefix.every, self._image.depth
-        room, need = size_text(self._budget), size_text(self._input_bytes)
+        room, need = size_text(self._budget), size_text(self._input_bytes[0])
         if self._phase == "image" or self._plan.mixed:
             if not every:
                 line = (

@@ -8,7 +8,7 @@ below, once for all candidates of a visit. With nothing kept every visit starts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -67,18 +67,19 @@ class Prefix:
         return state
 
 
-def spacing(depth: int, each: int, budget: int) -> int:
-    """Keep which inputs? Every s-th of ``depth`` of ``each`` bytes within ``budget``; 0: none.
+def spacing(sizes: Sequence[int], budget: int) -> int:
+    """Keep which inputs? Every s-th, the smallest s within ``budget`` bytes; 0: none.
 
-    >>> spacing(12, 605, 10_000), spacing(12, 605, 2_000), spacing(12, 605, 700)
+    Args:
+        sizes: bytes of what enters each block.
+
+    >>> spacing([605] * 12, 10_000), spacing([605] * 12, 2_000), spacing([605] * 12, 700)
     (1, 4, 12)
-    >>> spacing(12, 605, 600)
+    >>> spacing([605] * 12, 600)
     0
     """
-    if not each:
-        return 1
-    places = min(depth, budget // each)
-    return -(-depth // places) if places else 0
+    fitting = (s for s in range(1, len(sizes) + 1) if sum(sizes[::s]) <= budget)
+    return next(fitting, 0)
 
 
 def bytes_of(state: Any) -> int:

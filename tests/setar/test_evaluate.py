@@ -135,7 +135,7 @@ def test_any_order_is_exact(encoder):
 def test_memory_and_chunks_change_nothing(encoder, order):
     plan = make_plan(encoder.model, order=order, ratios=[0.1, 0.4])
     values = {}
-    need = evaluator(encoder, plan).describe()["input_bytes"]
+    need = evaluator(encoder, plan).describe()["input_bytes"][0]
     spacings = set()
     for memory in (0, need, 2 * need, 10**9):
         for chunk in (2, 7):
@@ -284,15 +284,41 @@ def test_prefix_runs_no_block_twice_when_everything_is_kept():
     assert tower.runs == 5
 
 
-def test_spacing_stays_within_the_budget():
-    for depth in (1, 3, 12, 24):
-        for places in range(depth + 2):
-            every = spacing(depth, 10, places * 10 + 5)
-            kept = len(range(0, depth, every)) if every else 0
-            assert kept <= places
-            assert bool(every) == bool(places)
+@pytest.mark.parametrize("sizes", [[10], [10] * 3, [10] * 12, [8, 8, 4, 4, 4, 4, 2, 2, 1]])
+def test_spacing_stays_within_the_budget_and_uses_it(sizes):
+    for budget in range(sum(sizes) + 5):
+        every = spacing(sizes, budget)
+        assert (every == 0) == (budget < sizes[0])
+        if every:
+            assert sum(sizes[::every]) <= budget
+            assert every == 1 or sum(sizes[:: every - 1]) > budget
 
 
 def test_bytes_of_counts_nested_tensors():
     state = {"a": torch.zeros(3), "b": (torch.zeros(2, dtype=torch.float64), [torch.zeros(1)])}
     assert bytes_of(state) == 12 + 16 + 4
+
+
+def held(found: Evaluator) -> int:
+    """Bytes of everything kept between candidates of the image tower, whole storages."""
+    kept = [*found._prefix._kept.values(), *(x for s in found._features.values() for x in s)]
+    return sum(
+        {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values()
+    )
+
+
+@pytest.mark.parametrize("order", ["image_text", "text_image", "exhaustive"])
+def test_what_is_kept_stays_within_the_memory_given(order):
+    encoder = deep_encoder()
+    plan = make_plan(encoder.model, order=order, ratios=[0.1])
+    need = evaluator(encoder, plan).describe()
+    for places in (0, 0.5, 1, 2.4, 4, 100):
+        memory = int(places * need["input_bytes"][0])
+        found = evaluator(encoder, plan, memory=memory)
+        found.baseline()
+        assert held(found) <= memory
+        for matrix in plan.matrices:
+            found.candidates(list(plan.candidates(matrix)))
+            assert held(found) <= memory
+        if places == 100:
+            assert held(found) > 0
