@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastood.models.matrices import list_matrices
+from fastood.models.matrices import list_matrices, swin_layers
 from fastood.tuning.low_rank_method import LowRankMethod
 from fastood.tuning.method import Method, check_settings
 from fastood.tuning.recipes import Recipe, epochs_of_coop, setar_batch
@@ -64,4 +64,4 @@ def sizes_of(kind: type[Method], encoder: Encoder) -> dict[str, int]:
     if not issubclass(kind, LowRankMethod) or not isinstance(network, nn.Module):
         return {}
     ups = [m for m in list_matrices(network) if (m.tower, m.kind) == ("image", "up")]
-    return {"batch_size": setar_batch(len(ups))}
+    return {"batch_size": setar_batch(len(ups), swin=bool(swin_layers(network)))}

@@ -1,4 +1,4 @@
-"""What LoRA and SeTAR+FT share: low-rank updates of a CLIP's towers, trained on pixels.
+"""What LoRA and SeTAR+FT share: low-rank updates of a model's towers, trained on pixels.
 
 They differ in which matrices are updated, in where A and B start, and in what stays frozen below.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fastood.data.classes import plain_name
 from fastood.errors import ModelError
 from fastood.models.base import Encoder, ImageFeatures
+from fastood.models.classifier import ClassifierEncoder
 from fastood.models.copies import copy_encoder
 from fastood.models.matrices import Matrix
 from fastood.prompts.encoder import PromptEncoder
@@ -36,6 +38,9 @@ SETAR_TRAIN = Augmentation(scale=(0.9, 1.0))
 class LowRankMethod(Method):
     """Low-rank updates of chosen matrices of both towers; prompts stay fixed.
 
+    Of a classifier the image tower is updated and the last layer stays: its logits stand where
+    cosines stand for CLIP, those of patches too, and tau is 1.
+
     Subclasses say what is updated and call ``_attach``. Their settings hold ``loss``, ``weight``,
     ``top_k``, ``templates`` and ``chunk`` as ``loss_settings`` gives them.
 
@@ -52,6 +57,7 @@ class LowRankMethod(Method):
     ) -> None:
         super().__init__(encoder, class_names, settings)
         self._student = copy_encoder(encoder)
+        self._linear = encoder.head() is not None
         self._matrices: tuple[Matrix, ...] = ()
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         self._text: Tensor | None = None
@@ -74,13 +80,21 @@ class LowRankMethod(Method):
         def make() -> tuple[list[Term], Tensor]:
             found = self._encode(batch.image, local=with_patches)
             z = images_of(Batch(found.image, batch.labels), self.encoder.embed_dim, self.dtype)
+            if self._linear:
+                z = _and_one(z)
             if not with_patches or found.local is None:
-                s = matmul_classes(unit_rows(z), text)
+                s = matmul_classes(z if self._linear else unit_rows(z), text)
                 term, nearest = classified(s, batch.labels, self.tau)
                 return [term], nearest
             local = found.local.to(self.dtype)
             parts = locoop_terms(
-                z, local, text, batch.labels, tau=self.tau, top_k=self._settings["top_k"]
+                z,
+                _and_one(local) if self._linear else local,
+                text,
+                batch.labels,
+                tau=self.tau,
+                top_k=self._settings["top_k"],
+                normalize=not self._linear,
             )
             b, ood = len(z), parts.ood_patches
             return [
@@ -95,7 +109,10 @@ class LowRankMethod(Method):
         return or_nothing(batch, self._connected(text), make, names)
 
     def text(self) -> Tensor:
-        """(K, D) unit text features of the updated tower, differentiable in its updates."""
+        """(K, D) unit text features of the updated tower, differentiable in its updates.
+
+        Of a classifier (K, D + 1): weights and bias of its last layer.
+        """
         if self._moves("text"):
             return self._prompts().to(self.dtype)
         if self._text is None:
@@ -151,9 +168,13 @@ class LowRankMethod(Method):
         self._matrices = tuple(factors)
         model = network_of(self._student).requires_grad_(False)
         self._put_on(model, self._matrices)
-        self._prompts = _Prompts(
-            self._student, self.words, self._settings["templates"], self._settings["chunk"]
-        )
+        self._prompts: Callable[[], Tensor]
+        if self._linear:
+            self._prompts = _last_layer(self._student, self.class_names)
+        else:
+            self._prompts = _Prompts(
+                self._student, self.words, self._settings["templates"], self._settings["chunk"]
+            )
 
     def _put_on(self, model: nn.Module, matrices: Sequence[Matrix]) -> None:
         updates: dict[Matrix, Factors] = {
@@ -268,6 +289,45 @@ class _Prompts:
     def __call__(self) -> Tensor:
         rows = [unit_rows(encode()) for encode in self._encode]
         return rows[0] if len(rows) == 1 else unit_rows(torch.stack(rows).mean(dim=0))
+
+
+def _and_one(x: Tensor) -> Tensor:
+    """For the bias."""
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+
+
+def _last_layer(encoder: Encoder, class_names: Sequence[str]) -> Callable[[], Tensor]:
+    """(K, D + 1) weights and bias of a classifier in the order of ``class_names``.
+
+    Raises:
+        ModelError: another number of classes, or a last layer that is not linear.
+    """
+    layer = encoder.classifier() if isinstance(encoder, ClassifierEncoder) else None
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(
+            f"{encoder.name}: expected a linear last layer, got {type(layer).__name__}"
+        )
+    weight = layer.weight
+    if len(class_names) != len(weight):
+        raise ModelError(
+            f"class_names: expected the {len(weight)} classes of {encoder.name}, got "
+            f"{len(class_names)}; its last layer is not trained"
+        )
+    own = {
+        plain_name(name): k for k, name in enumerate(getattr(encoder, "class_names", None) or ())
+    }
+    order = [own.get(plain_name(name)) for name in class_names]
+    if None in order or len(set(order)) < len(order):
+        order = list(range(len(class_names)))
+        if own:
+            warnings.warn(
+                f"class_names: not spelled as those of {encoder.name}, whose order is taken",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
+    rows = torch.cat([weight, bias[:, None]], dim=1).detach()[order].to(encoder.device)
+    return lambda: rows
 
 
 def _whole(encoder: Encoder, tokens: Tensor) -> Any:

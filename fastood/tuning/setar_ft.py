@@ -173,5 +173,5 @@ def _objective(recipe: Picks, classes: int) -> Mapping[str, Any]:
 
 
 def _backbone(encoder: Encoder) -> str:
-    blocks = find(network_of(encoder), towers="image", kinds="up")
-    return backbone_of(len(blocks))
+    depth = len(find(network_of(encoder), towers="image", kinds="up"))
+    return backbone_of(depth, unimodal=encoder.head() is not None)
