@@ -31,6 +31,13 @@ class Tails:
         shape: (out, in) of the matrix.
 
     Build it with ``Tails.of``; factors are held in the dtype of the activations.
+
+    Example:
+        >>> w = torch.diag(torch.tensor([3.0, 1.0, 2.0]))
+        >>> tails = Tails.of(LowRankBasis(w), [1, 2], dtype=w.dtype, device="cpu")
+        >>> x = torch.ones(3)
+        >>> [y.round().abs().tolist() for y in tails.results(x, w @ x)]
+        [[3.0, 0.0, 2.0], [3.0, 0.0, 0.0]]
     """
 
     def __init__(

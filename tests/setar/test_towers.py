@@ -267,6 +267,24 @@ def test_images_can_be_cut_anywhere():
         assert close(encoder, torch.cat(parts), x)
 
 
+def test_a_transformer_that_wants_tokens_first():
+    from open_clip.transformer import QuickGELU, Transformer
+
+    encoder = open_clip()
+    visual = encoder.model.visual
+    other = Transformer(
+        tiny.WIDTH, LAYERS, tiny.HEADS, act_layer=QuickGELU, batch_first=False
+    ).double()
+    other.load_state_dict(visual.transformer.state_dict())
+    whole = encoder.encode_image(PIXELS, local=True)
+    visual.transformer = other.eval()
+    tower = image_tower(encoder)
+    xs = inputs(tower, PIXELS)
+    assert xs[0].shape == (4, 10, tiny.WIDTH)
+    seen = tower.seen(xs[-1])
+    assert close(encoder, seen.image, whole.image) and close(encoder, seen.local, whole.local)
+
+
 def test_no_hook_is_left_behind():
     encoder = open_clip()
     tower = image_tower(encoder)
