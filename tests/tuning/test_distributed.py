@@ -27,6 +27,7 @@ METHODS = {
     "clip-adapter": {},
     "tip-f": {},
     "lora": {"rank": 2},
+    "setar-ft": {"picks": [["image", "up", 5, 0.1], ["text", "up", 2, 8]]},
 }
 
 
