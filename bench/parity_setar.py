@@ -9,7 +9,8 @@ and searched again here from the same safetensors and files. Writes ``results/se
 exit status 1 if anything differs by more than it may.
 
 What may differ: nothing in float64 but the last digits (losses 1e-6, weights 1e-10); in float32 a
-pick, if the two losses are within 1e-5. No times are compared: the models are toys.
+pick, if the two losses are within 1e-5. No times are compared: the models are toys. The
+transformers here must take CLIPs in float64 (5.x does, 4.57 does not).
 """
 
 from __future__ import annotations

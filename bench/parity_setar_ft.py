@@ -134,8 +134,8 @@ def lines(tuned: list[Tuned], counted: list[tuple[str, int, int]]) -> list[str]:
     text = [
         "## Fine-tuning",
         "",
-        "`run_finetune` against `train`, merged weights compared; all images in one batch, without "
-        "augmentation (set from outside their code), SGD with momentum and a cosine per step. LoRA "
+        "`run_finetune` against `train`, merged weights compared; all images in one batch, without",
+        "augmentation (set from outside their code), SGD with momentum and a cosine per step. LoRA",
         "starts from their random A.",
         "",
         "| run | method | steps | trained numbers | loss first, last | losses | weights moved "

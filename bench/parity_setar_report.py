@@ -18,13 +18,15 @@ search the same random models: weights, images and prompts are exchanged as file
 image and the text tower, stages of a Swin. *Picks*: the same ratio at the same matrix, of all
 visits. *Losses*: the largest difference of any number (loss and its two terms; AUROC, AUPR and FPR
 as shares) of any candidate that both evaluated, up to the first other pick. *Weights*: of the whole
-model with their picks, `apply_svd_prune` against `Recipe.apply`. Allowed are {losses}.
+model with their picks, `apply_svd_prune` against `Recipe.apply`. *Not 0*: picks that drop
+something. Allowed: {losses}.
 
-fastood evaluates no ratio of 0 after the first model, so it has fewer candidates. Their seconds are
-of models reloaded and decomposed for every candidate: no measure of anything but these toys.
+fastood evaluates no ratio of 0 after the first model, and ratios that mean the same number of
+directions once, so it has fewer candidates. No times are compared: the models are toys.
 
 Set from outside their code: the default dtype (float64), no worker processes in their data loaders,
-`Tensor.cuda` without a GPU (their loss calls it when a batch has no OOD patch).
+`Tensor.cuda` without a GPU (their loss calls it when a batch has no OOD patch), loaded models cast
+to float64 (a buffer of Swins).
 """
 
 NOT_COMPARED = """\
@@ -60,8 +62,8 @@ def write(rows: list[Compared], out: Path, *, complete: bool, extra: list[str]) 
             )
     text += [
         "| search | blocks | order | weights | objective | batches | candidates theirs / ours "
-        "| picks | not 0 | losses | weights | s theirs / ours |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| picks | not 0 | losses | weights |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     text += [line(row) for row in rows]
     noted = [f"- {row.job['name']}: {note}" for row in rows for note in row.notes]
@@ -97,7 +99,6 @@ def line(row: Compared) -> str:
         some,
         "-" if row.weights_only else f"{row.loss:.1e}",
         f"{row.weights:.1e}",
-        f"{row.theirs['seconds']:.0f} / " + ("-" if row.weights_only else f"{row.seconds:.1f}"),
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
