@@ -157,6 +157,15 @@ class Evaluator:
                     _report(done, share)
             return [tally.value() for tally in tallies]
 
+    def cannot_matter(self, matrix: Matrix) -> bool:
+        """Whether no candidate of ``matrix`` changes the objective.
+
+        Queries and keys of the last image block reach the class token alone; rounding must not
+        make a gain of them.
+        """
+        last = matrix.tower == "image" and matrix.layer == self._image.depth - 1
+        return last and matrix.kind in ("q", "k") and self.objective.of_patches_alone
+
     def accept(self, candidate: Candidate) -> None:
         """Change the model."""
         matrix = candidate.matrix

@@ -124,6 +124,11 @@ class Objective:
         """
         return Tally(self, labels, batches)
 
+    @property
+    def of_patches_alone(self) -> bool:
+        """Whether it depends on the images' own features not at all."""
+        return not self.pred_label and (self.metric == "patches" or self.score == "l_mcm")
+
     def describe(self) -> dict[str, Any]:
         """The settings, for JSON; ``Objective(**described)`` is the same objective."""
         return asdict(self)

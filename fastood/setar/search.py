@@ -241,7 +241,8 @@ def _prompts(
                 f"class_names: expected the {classes} classes of {encoder.name}, got {len(names)}"
             )
         return []
-    for note in check_class_names([clean_name(n) for n in names]):
+    # the authors' ImageNet names have two twice
+    for note in check_class_names([clean_name(n) for n in names], allow_duplicates=True):
         warnings.warn(note, RuntimeWarning, stacklevel=3)
     found = [[fill(t, clean_name(n)) for n in names] for t in resolve_templates(templates)]
     for prompts in found:

@@ -103,7 +103,10 @@ class Walk:
             self._total = self._left(evaluator, visit)
         self._at = (visit, address)
         begin = time.perf_counter()
-        if candidates:
+        if candidates and evaluator.cannot_matter(candidates[0].matrix):
+            values = [self.best] * len(candidates)
+            self._tell(sum(map(evaluator.cost, candidates)))
+        elif candidates:
             values = evaluator.candidates(candidates, self._tell)
         else:
             values = [evaluator.baseline(self._tell)]

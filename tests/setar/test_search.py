@@ -171,6 +171,16 @@ def test_the_recipe_makes_the_model_of_the_final_value(images):
     assert found.final.loss < found.baseline.loss
 
 
+@pytest.mark.parametrize("options", [{"metric": "patches"}, {"metric": "auroc", "score": "l_mcm"}])
+def test_what_reaches_the_class_token_alone_gains_nothing_by_rounding(images, options):
+    """Attention weights of the last block, for an objective of patches."""
+    found = search(
+        encoder_of(1), images, order="image", kinds=["q", "k"], layers=[-1], **OPTIONS, **options
+    )
+    assert {p.ratio for p in found.recipe.picks} == {0}
+    assert {row.value.objective for row in found.rows} == {found.baseline.objective}
+
+
 def test_equal_ratios_and_those_that_round_to_nothing_are_tried_once(images):
     encoder = encoder_of()
     found = search(encoder, images, order="image", **{**OPTIONS, "ratios": (0, 0.001, 0.1, 0.101)})
@@ -346,8 +356,8 @@ def test_batches_without_pseudo_ood_patches_are_reported(images):
 
 
 def test_equal_prompts_tie_and_are_counted(images):
-    names = ["apple", "boat", "cat", "Cat ", "egg"]
-    with pytest.warns(RuntimeWarning):
+    names = ["apple", "boat", "cat", "cat", "egg"]
+    with pytest.warns(RuntimeWarning, match="cat"):
         found = search(encoder_of(), images, order="text", class_names=names, **OPTIONS)
     assert found.baseline.ties > 0
     assert any("ties at the k-th logit" in note for note in found.notes)
