@@ -1,4 +1,4 @@
-"""Runs the authors' SeTAR code, unedited, on small random models. Part of ``parity_setar.py``.
+"""Runs the authors' SeTAR code, unedited, on small random models. Part of ``parity.py``.
 
 Lives in their environment (torch, transformers 4.37, their ``svd_ood`` and ``peft``), so it imports
 nothing of fastood. What is set from outside, without touching their files:

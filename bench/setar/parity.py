@@ -1,10 +1,10 @@
 """SeTAR searches compared with the authors' code, candidate by candidate.
 
-    python -m bench.parity_setar --authors ~/SeTAR --python ~/their-env/bin/python
+    python -m bench.setar.parity --authors ~/SeTAR --python ~/their-env/bin/python
 
 ``--authors`` is a clone of their repository, run unedited by ``--python``, an environment in which
 it works (torch, torchvision, transformers 4.37, scikit-learn, pandas, psutil, accelerate). Random
-models and images are made there (``parity_setar_authors.py``), searched by their ``Searcher.run``,
+models and images are made there (``parity_authors.py``), searched by their ``Searcher.run``,
 and searched again here from the same safetensors and files. Writes ``results/setar-parity.md``;
 exit status 1 if anything differs by more than it may.
 
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bench.parity_setar_jobs import jobs
+from bench.setar.parity_jobs import jobs
 from fastood.data.imageset import ImageItem, ImageSet
 from fastood.models.base import Encoder
 from fastood.models.matrices import list_matrices
@@ -303,7 +303,7 @@ def run_theirs(job: dict[str, Any], folder: Path, given: argparse.Namespace) -> 
         if all(job[name] == value for name, value in before.items() if name in job):
             return
     file.write_text(json.dumps(job))
-    script = HERE / "parity_setar_authors.py"
+    script = HERE / "parity_authors.py"
     command = [given.python, str(script), "--authors", str(given.authors), "--job", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     (folder / "output.txt").write_text(done.stdout + done.stderr)
@@ -316,8 +316,8 @@ def _finished(job: dict[str, Any], folder: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from bench.parity_setar_ft import compare_finetune, counts, lines
-    from bench.parity_setar_report import write
+    from bench.setar.parity_ft import compare_finetune, counts, lines
+    from bench.setar.parity_report import write
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--authors", type=Path, required=True, help="clone of their repository")
@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("setar-parity"), help="scratch folder")
     parser.add_argument("--only", nargs="*", help="names of searches")
     parser.add_argument("--reuse", action="store_true", help="keep their results of an earlier run")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "setar-parity.md")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "setar-parity.md")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows, tuned = [], []

@@ -1,4 +1,4 @@
-"""The table of ``parity_setar.py``."""
+"""The table of ``parity.py``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bench.parity_setar import Compared
+    from bench.setar.parity import Compared
 
 __all__ = ["write"]
 
 INTRO = """\
 # SeTAR against the authors' code
 
-Written by `python -m bench.parity_setar` (which see). Their repository, unedited, and fastood
+Written by `python -m bench.setar.parity` (which see). Their repository, unedited, and fastood
 search the same random models: weights, images and prompts are exchanged as files. *Blocks*: of the
 image and the text tower, stages of a Swin. *Picks*: the same ratio at the same matrix, of all
 visits. *Losses*: the largest difference of any number (loss and its two terms; AUROC, AUPR and FPR
@@ -39,7 +39,7 @@ directions: theirs depend on the state of the global generator.
 
 def write(rows: list[Compared], out: Path, *, complete: bool, extra: list[str]) -> None:
     """One line a search; what differs is spelled out below."""
-    from bench.parity_setar import LOSSES, WEIGHTS
+    from bench.setar.parity import LOSSES, WEIGHTS
 
     allowed = "; ".join(
         f"losses {LOSSES[d]:.0e}, weights {WEIGHTS[d]:.0e} in {d}" for d in LOSSES

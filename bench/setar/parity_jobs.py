@@ -1,4 +1,4 @@
-"""The searches that ``parity_setar.py`` compares. Standard library only."""
+"""The searches that ``parity.py`` compares. Standard library only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning of ``parity_setar.py``: a few steps of both, and counts of trained numbers."""
+"""Fine-tuning of ``parity.py``: a few steps of both, and counts of trained numbers."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.machine import describe
-from bench.peers_setar import Authors, Plain
+from bench.setar.peers import Authors, Plain
 from bench.shapes import SMOKE
 from fastood.models import OpenClipEncoder
 from fastood.setar import LowRankBasis, Objective, make_plan
@@ -43,7 +43,7 @@ from fastood.setar.table import Table
 from fastood.setar.towers.base import Seen
 from fastood.setar.walk import Walk
 
-OUT = Path(__file__).parent / "results" / "setar.md"
+OUT = Path(__file__).parents[1] / "results" / "setar.md"
 IMAGE = (
     {"layers": 3, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32}
     if SMOKE
