@@ -22,6 +22,7 @@ smoke:
 	FASTOOD_BENCH_SMOKE=1 pytest bench --benchmark-only --benchmark-max-time=0.05 \
 		--benchmark-min-rounds=1 --benchmark-json=.benchmarks/smoke.json -q
 	python -m bench.report .benchmarks/smoke.json --out .benchmarks/smoke
+	FASTOOD_BENCH_SMOKE=1 python -m bench.setar
 
 wheel:
 	pip wheel --no-deps -w dist .

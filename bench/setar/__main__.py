@@ -183,6 +183,7 @@ def whole_search() -> dict[str, Any]:
 
     waiting: list[tuple[int, Candidate, float]] = []
     watched.between = between
+    memory = watched.describe()  # of the image phase
     table = Table(None, {})
     walk = Walk(plan, objective, table, lambda: watched, None)
     walk.run()
@@ -193,7 +194,7 @@ def whole_search() -> dict[str, Any]:
     assert worst < 1e-4, f"losses differ by {worst:.1e}"
     return {
         "plan": plan, "spent": watched.spent, "plain": plainly, "authors": theirs, "worst": worst,
-        "picks": sum(p.ratio > 0 for p in walk.picks), "memory": watched.describe(),
+        "picks": sum(p.ratio > 0 for p in walk.picks), "memory": memory,
     }  # fmt: skip
 
 
@@ -304,7 +305,7 @@ def report(whole: dict[str, Any], text: dict[str, Any]) -> str:
             f"Of fastood's seconds {sum(spent['image'].seconds):,.0f} are the image phase, "
             f"{sum(spent['text'].seconds):,.1f} the text phase. Losses agree to "
             f"{whole['worst']:.0e}; {whole['picks']} of {len(plan.matrices)} matrices were changed. "
-            f"Inputs of every {memory['every'] or 'no'} block kept in the image phase. "
+            f"In the image phase every {memory['every']}-th block's input was kept. "
             "Decompositions are in the seconds of both, not in the multiply-adds.",
             "",
             f"## Text phase alone, {FULL:,} images, {FULL:,} classes",
