@@ -304,7 +304,7 @@ def report(whole: dict[str, Any], text: dict[str, Any]) -> str:
             "",
             f"Of fastood's seconds {sum(spent['image'].seconds):,.0f} are the image phase, "
             f"{sum(spent['text'].seconds):,.1f} the text phase. Losses agree to "
-            f"{whole['worst']:.0e}; {whole['picks']} of {len(plan.matrices)} matrices were changed. "
+            f"{whole['worst']:.0e}; {whole['picks']} of {len(plan.matrices)} matrices changed. "
             f"In the image phase every {memory['every']}-th block's input was kept. "
             "Decompositions are in the seconds of both, not in the multiply-adds.",
             "",
