@@ -17,13 +17,13 @@ import torch
 from fastood.data.classes import plain_name
 from fastood.data.imageset import ImageSet
 from fastood.data.paths import path_text
+from fastood.differences import differences
 from fastood.errors import DataError, ModelError
 from fastood.features.featureset import FeatureSet
 from fastood.pipeline.asked import check_given, recipe_of, sizes_of
 from fastood.pipeline.output import OutputFolder
 from fastood.scores.inputs import check_count
 from fastood.tuning.augment import CLIP_TRAIN, TIP_VIEWS
-from fastood.tuning.checkpoint import differences
 from fastood.tuning.fewshot import few_shot
 from fastood.tuning.history import History, Progress
 from fastood.tuning.live import LiveImages

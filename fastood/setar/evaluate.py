@@ -32,6 +32,7 @@ from fastood.errors import ModelError
 from fastood.models.base import Encoder
 from fastood.models.copies import copy_encoder
 from fastood.models.matrices import Matrix
+from fastood.room import free_memory, size_text
 from fastood.scores.inputs import unit_rows
 from fastood.setar.lowrank import LowRankBasis, Part
 from fastood.setar.objective import Objective, Tally, Value
@@ -40,7 +41,6 @@ from fastood.setar.prefix import Prefix, bytes_of, spacing
 from fastood.setar.tails import Tails
 from fastood.setar.towers.base import ImageTower, Seen, image_tower
 from fastood.setar.towers.text import TextParts
-from fastood.tuning.room import free_memory, size_text
 
 __all__ = ["Evaluator", "default_memory", "exact"]
 

@@ -19,9 +19,9 @@ from typing import Any
 from fastood._version import __version__
 from fastood.atomic import write_text
 from fastood.data.paths import path_text
+from fastood.differences import differences
 from fastood.errors import DataError
 from fastood.setar.objective import Value
-from fastood.tuning.checkpoint import differences
 
 __all__ = ["CANDIDATES", "SETTINGS", "Row", "Table"]
 

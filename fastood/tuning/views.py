@@ -25,11 +25,11 @@ from fastood.features.encode import PixelTransform, Progress, encode_images
 from fastood.features.featureset import FeatureSet
 from fastood.features.missing import count_missing
 from fastood.models.base import Encoder
+from fastood.room import free_disk, free_memory, size_text
 from fastood.tuning.augment import CLIP_TRAIN, Augmentation, Augmenter
 from fastood.tuning.fewshot import known_labels, labels_and_names
 from fastood.tuning.method import Batch
 from fastood.tuning.parallel import World
-from fastood.tuning.room import free_disk, free_memory, size_text
 
 __all__ = ["FeatureData", "FeatureViews", "TrainingData", "file_contents", "overlap"]
 

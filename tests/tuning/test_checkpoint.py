@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastood.differences import differences
 from fastood.errors import DataError
 from fastood.tuning.checkpoint import (
-    differences,
     load_module_state,
     load_optimizer_state,
     module_state,

@@ -13,11 +13,11 @@ from fastood.data import load_images
 from fastood.data.imageset import ImageSet
 from fastood.errors import CacheError, DataError, ModelError
 from fastood.features import FeatureCache, encode_images
+from fastood.room import free_disk, free_memory
 from fastood.tuning import views as views_module
 from fastood.tuning.augment import TIP_VIEWS, Augmenter
 from fastood.tuning.live import LiveImages
 from fastood.tuning.loop import train
-from fastood.tuning.room import free_disk, free_memory
 from fastood.tuning.views import FeatureData, FeatureViews, overlap
 from tests.features.toy_encoder import ToyEncoder, write_images
 from tests.tuning.launch import launch
