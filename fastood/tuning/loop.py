@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastood.tuning import checkpoint
+from fastood.differences import differences
 from fastood.tuning.history import History, Progress
 from fastood.tuning.log import Curves
 from fastood.tuning.method import Method
@@ -155,7 +155,7 @@ def _check(
         raise ValueError(f"{data.name}: expected at least one training image, got none")
     for what, given in (("data", data), ("validation", validation)):
         if given is not None and tuple(given.class_names) != method.class_names:
-            lines = checkpoint.differences(list(method.class_names), list(given.class_names))
+            lines = differences(list(method.class_names), list(given.class_names))
             raise ValueError(
                 f"{what}: expected the {len(method.class_names)} classes of the method, got "
                 f"{len(given.class_names)} ({lines[0].replace('saved', 'method').lstrip(': ')}); "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastood._version import installed
 from fastood.data.paths import path_text
+from fastood.differences import differences
 from fastood.errors import DataError, TrainingError
 from fastood.tuning import checkpoint
 from fastood.tuning.history import History, Progress
@@ -344,7 +345,7 @@ class Run:
 
     def _refuse_changes(self, found: checkpoint.Checkpoint) -> None:
         saved = History.of(found.state["history"])
-        changed = checkpoint.differences(saved.settings, self.history.settings)
+        changed = differences(saved.settings, self.history.settings)
         if changed:
             raise DataError(
                 f"{path_text(self.out or '')}: the saved run has other settings and cannot be "
@@ -360,7 +361,7 @@ class Run:
 
         state = found.state
         saved = History.of(state["history"])
-        changed = checkpoint.differences(saved.environment, self.history.environment)
+        changed = differences(saved.environment, self.history.environment)
         saved.environment = self.history.environment
         self.history = saved
         if changed:
