@@ -180,8 +180,8 @@ def setar(
     from fastood.models import load_model
     from fastood.report.search import write_search_report
     from fastood.setar.plan import RATIOS
-    from fastood.setar.search import RECIPE, Partition, search
-    from fastood.setar.table import CANDIDATES, SETTINGS
+    from fastood.setar.search import Partition, search
+    from fastood.setar.table import CANDIDATES
     from fastood.tuning.adaptation import adapt as put_on
     from fastood.tuning.fewshot import few_shot
 
@@ -211,9 +211,6 @@ def setar(
                 "its own"
             )
         encoder = found.encoder
-    if overwrite:  # now that the model is there
-        for old in (CANDIDATES, SETTINGS, RECIPE):
-            (out / old).unlink(missing_ok=True)
     with _bar(quiet=quiet) as progress:
         done = search(
             encoder,
@@ -237,6 +234,7 @@ def setar(
             batch_size=reference_batch,
             templates=template or "mcm",
             out=out,
+            overwrite=overwrite,
             memory=budget,
             chunk=chunk,
             workers=workers,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fastood.data.classes import plain_name
 from fastood.errors import ModelError
 from fastood.models.base import Encoder, ImageFeatures
 from fastood.models.local import capture_input
@@ -17,7 +20,7 @@ from fastood.models.swin import Swin, swin
 if TYPE_CHECKING:
     from fastood.scores.bank import Similarities
 
-__all__ = ["ClassifierEncoder", "ClassifierHead"]
+__all__ = ["ClassifierEncoder", "ClassifierHead", "class_order"]
 
 
 class ClassifierHead:
@@ -143,3 +146,35 @@ class ClassifierEncoder(Encoder):
             assert local is not None
             self.num_patches = local.shape[1]
         self._head = ClassifierHead(layer, patches=self.no_local is None)
+
+
+def class_order(encoder: Encoder, class_names: Sequence[str]) -> list[int]:
+    """Which of a classifier's logits belongs to each of ``class_names``.
+
+    Found by name if the classifier names the same classes, whatever their order; otherwise the
+    i-th name is taken for its i-th class.
+
+    Raises:
+        ValueError: another number of classes.
+    Warns:
+        RuntimeWarning: the classifier names its classes, and otherwise.
+    """
+    own = getattr(encoder, "class_names", None) or ()
+    head: Any = encoder.head()
+    size = len(next(head.layer.parameters()))
+    if len(class_names) != size:
+        raise ValueError(
+            f"class_names: expected the {size} classes of {encoder.name}, got {len(class_names)}"
+        )
+    place = {plain_name(name): k for k, name in enumerate(own)}
+    order = [place.get(plain_name(name), -1) for name in class_names]
+    if -1 not in order and len(set(order)) == size:
+        return order
+    if own:
+        warnings.warn(
+            f"class_names: not spelled as those of {encoder.name}, whose order is taken: "
+            f"{class_names[0]!r} for {own[0]!r}, ..., {class_names[-1]!r} for {own[-1]!r}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return list(range(size))

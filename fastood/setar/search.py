@@ -18,6 +18,7 @@ from fastood.data.imageset import ImageSet
 from fastood.data.prompts import check_class_names, clean_name, fill, resolve_templates
 from fastood.errors import ModelError
 from fastood.models.base import Encoder
+from fastood.models.classifier import class_order
 from fastood.models.matrices import list_matrices
 from fastood.scores.inputs import check_count
 from fastood.setar.evaluate import Evaluator
@@ -27,13 +28,11 @@ from fastood.setar.objective import Objective, Value
 from fastood.setar.plan import RATIOS, make_plan
 from fastood.setar.published import backbone_of, published
 from fastood.setar.recipe import Recipe
-from fastood.setar.table import Row, Table
+from fastood.setar.table import RECIPE, Row, Table
 from fastood.setar.walk import Progress, Walk
 from fastood.tuning.live import LiveImages
 
 __all__ = ["RECIPE", "Found", "Partition", "Progress", "search"]
-
-RECIPE = "recipe.json"
 
 Partition = Literal["reference", "global"]
 
@@ -81,6 +80,7 @@ def search(
     batch_size: int | None = None,
     templates: str | Sequence[str] = "mcm",
     out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     memory: int | None = None,
     chunk: int | None = None,
     workers: int | None = None,
@@ -111,6 +111,8 @@ def search(
         templates: class prompts; the authors' has no full stop.
         out: folder for the table of candidates and the recipe. A search that was stopped goes on
             there.
+        overwrite: start again where another search lies. Its files stay until the first value of
+            this one is known.
         memory: bytes to keep between candidates; default a quarter of what is free. Less memory
             costs time, never accuracy.
         chunk: images run together; decides about memory only.
@@ -152,7 +154,11 @@ def search(
         workers=workers,
     )
     names = data.class_names
-    prompts = _prompts(encoder, names, templates)
+    labels, prompts = data.labels, []
+    if encoder.head() is None:
+        prompts = _prompts(encoder, names, templates)
+    else:
+        labels = torch.tensor(class_order(encoder, names))[labels]
     found = published(backbone_of(_depth(model), unimodal=not prompts), len(names), id_set)
     objective = Objective(
         metric,
@@ -176,7 +182,7 @@ def search(
         "images": {"name": images.name, "number": len(data), "digest": data.digest},
     }
     folder = None if out is None else Path(out)
-    table = Table(folder, settings, score=score)
+    table = Table(folder, settings, score=score, overwrite=overwrite)
     evaluator: Evaluator | None = None
 
     def evaluating() -> Evaluator:
@@ -186,7 +192,7 @@ def search(
             evaluator = Evaluator(
                 encoder,
                 lambda index: data.batch(index, 0).image,
-                data.labels,
+                labels,
                 prompts,
                 objective,
                 batches=batches,
@@ -232,15 +238,7 @@ def _depth(model: torch.nn.Module) -> int:
 def _prompts(
     encoder: Encoder, names: Sequence[str], templates: str | Sequence[str]
 ) -> list[list[str]]:
-    """Templates x K; nothing for a classifier, which has its own classes."""
-    head = encoder.head()
-    if head is not None:
-        classes = next(head.layer.parameters()).shape[0]
-        if classes != len(names):
-            raise ValueError(
-                f"class_names: expected the {classes} classes of {encoder.name}, got {len(names)}"
-            )
-        return []
+    """Templates x K."""
     # the authors' ImageNet names have two twice
     for note in check_class_names([clean_name(n) for n in names], allow_duplicates=True):
         warnings.warn(note, RuntimeWarning, stacklevel=3)

@@ -2,7 +2,8 @@
 
 A folder holds ``search.json``, the settings that decide about the result, and ``candidates.csv``,
 a line for each candidate. A search that is given the same settings again takes what is there
-instead of computing it.
+instead of computing it. A folder without a candidate (an image could not be read, say) is free for
+other settings.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from fastood.differences import differences
 from fastood.errors import DataError
 from fastood.setar.objective import Value
 
-__all__ = ["CANDIDATES", "SETTINGS", "Row", "Table"]
+__all__ = ["CANDIDATES", "RECIPE", "SETTINGS", "Row", "Table"]
 
-CANDIDATES, SETTINGS = "candidates.csv", "search.json"
+CANDIDATES, SETTINGS, RECIPE = "candidates.csv", "search.json", "recipe.json"
 _FORMAT, _VERSION = "fastood-setar-search", 1
 
 _KEY = ("visit", "matrix", "ratio", "count", "seconds")
@@ -77,35 +78,53 @@ class Table:
         folder: where they are kept; None keeps them in memory only.
         settings: JSON values that decide about the result.
         score: of the objective, for the names of its columns.
+        overwrite: put this search in the place of one that is there. That one is kept until the
+            first candidate of this one is known.
     Raises:
         DataError: the folder holds another search (says what differs), a damaged table, or cannot
             be written.
     """
 
     def __init__(
-        self, folder: Path | None, settings: Mapping[str, Any], *, score: str | None = None
+        self,
+        folder: Path | None,
+        settings: Mapping[str, Any],
+        *,
+        score: str | None = None,
+        overwrite: bool = False,
     ) -> None:
         self._score = score
-        self._file = None if folder is None else folder / CANDIDATES
+        self._folder = folder
         self._columns = (*_KEY, *_VALUES, *(_METRICS if score is not None else ()))
         self._rows: dict[tuple[int, str, int], Row] = {}
-        if folder is None or self._file is None:
-            return
         head = {"format": _FORMAT, "version": _VERSION, "fastood": __version__}
-        content = json.loads(json.dumps({**head, "settings": dict(settings)}))
-        state = folder / SETTINGS
+        self._content = json.loads(json.dumps({**head, "settings": dict(settings)}))
+        self._begun = folder is None
+        if folder is None:
+            return
+        state, file = folder / SETTINGS, folder / CANDIDATES
+        if overwrite and any((folder / n).exists() for n in (SETTINGS, CANDIDATES, RECIPE)):
+            return
         if state.exists():
-            _same(state, content)
-            self._read(self._file)
-        elif self._file.exists():
-            raise DataError(
-                f"{path_text(folder)}: holds {CANDIDATES} without {SETTINGS}, so it is not known "
-                "of which search; choose another folder, or remove the file"
-            )
-        else:
-            write_text(state, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        if not self._file.exists():
-            write_text(self._file, ",".join(self._columns) + "\n")
+            begun = _has_rows(file)
+            changed = _changes(state, self._content)
+            if changed and begun:
+                raise DataError(
+                    f"{path_text(folder)}: holds another search ({'; '.join(changed[:5])}"
+                    f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}); choose "
+                    "another folder, or start again (fastood search setar --overwrite)"
+                )
+            if begun:
+                self._read(file)
+                self._begun = True
+                return
+        for name in (CANDIDATES, RECIPE) if not state.exists() else ():
+            if (folder / name).exists():
+                raise DataError(
+                    f"{path_text(folder)}: holds {name} without {SETTINGS}, so it is not known of "
+                    "which search; choose another folder, or remove the file"
+                )
+        self._begin(folder)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -118,27 +137,42 @@ class Table:
         """Keep rows; when this returns they are on disk."""
         rows = tuple(rows)
         self._rows |= {row.key: row for row in rows}
-        if self._file is None:
+        if self._folder is None:
             return
+        if not self._begun:
+            self._begin(self._folder)
+        file = self._folder / CANDIDATES
         text = io.StringIO()
         writer = csv.DictWriter(text, self._columns, restval="", lineterminator="\n")
         for row in rows:
             cells = row.cells()
             writer.writerow({k: repr(v) if isinstance(v, float) else v for k, v in cells.items()})
         try:
-            with self._file.open("a", encoding="utf-8", newline="") as file:
-                file.write(text.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
+            with file.open("a", encoding="utf-8", newline="") as opened:
+                opened.write(text.getvalue())
+                opened.flush()
+                os.fsync(opened.fileno())
         except OSError as error:
             raise DataError(
-                f"{path_text(self._file)}: cannot be written ({error.strerror or error})"
+                f"{path_text(file)}: cannot be written ({error.strerror or error})"
             ) from error
+
+    def _begin(self, folder: Path) -> None:
+        """Settings and an empty table, in the place of whatever search was there."""
+        try:
+            for name in (RECIPE, CANDIDATES):  # in this order none is left of other settings
+                (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(f"{path_text(folder)}: {error.strerror or error}") from error
+        text = json.dumps(self._content, indent=1, ensure_ascii=False)
+        write_text(folder / SETTINGS, text + "\n")
+        write_text(folder / CANDIDATES, ",".join(self._columns) + "\n")
+        self._begun = True
 
     def _read(self, file: Path) -> None:
         """Take the finished lines; what a killed run left of the last one is cut off."""
         try:
-            content = file.read_bytes() if file.exists() else b""
+            content = file.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             if whole != content:
                 os.truncate(file, len(whole))
@@ -146,12 +180,10 @@ class Table:
             rows = [self._row(line) for line in lines]
         except OSError as error:
             raise DataError(f"{path_text(file)}: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise DataError(
                 f"{path_text(file)}: is damaged ({error}); remove it to compute everything again"
             ) from error
-        if not whole:
-            file.unlink(missing_ok=True)
         self._rows = {row.key: row for row in rows}
 
     def _row(self, line: Mapping[str, str]) -> Row:
@@ -173,7 +205,16 @@ class Table:
         )
 
 
-def _same(file: Path, content: Mapping[str, Any]) -> None:
+def _has_rows(file: Path) -> bool:
+    """Whether a finished line follows the names of the columns."""
+    try:
+        return file.exists() and file.read_bytes().count(b"\n") > 1
+    except OSError as error:
+        raise DataError(f"{path_text(file)}: {error.strerror or error}") from error
+
+
+def _changes(file: Path, content: Mapping[str, Any]) -> list[str]:
+    """What is other in the settings of ``content``."""
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -185,10 +226,4 @@ def _same(file: Path, content: Mapping[str, Any]) -> None:
             f"{path_text(file)}: was written by fastood {saved.get('fastood')} in version "
             f"{saved.get('version')!r}, this one reads {_VERSION}"
         )
-    changed = differences(saved.get("settings"), content["settings"])
-    if changed:
-        raise DataError(
-            f"{path_text(file.parent)}: holds another search ({'; '.join(changed[:5])}"
-            f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}); choose another "
-            "folder, or start again (fastood search setar --overwrite)"
-        )
+    return list(differences(saved.get("settings"), content["settings"]))

@@ -276,6 +276,60 @@ def test_another_search_is_not_overwritten(images, tmp_path):
         search(encoder, images, out=tmp_path / "notes", order="text", **OPTIONS)
 
 
+def test_a_search_takes_the_place_of_another_with_its_first_value(images, tmp_path, monkeypatch):
+    encoder = encoder_of()
+    search(encoder, images, out=tmp_path, order="text", **OPTIONS)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    other = {"order": "text", **OPTIONS, "weight": 0.4}
+
+    def kept() -> bool:
+        return before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    for wrong in ({"metric": "none"}, {"top_k": 5}, {"order": "none"}):
+        with pytest.raises(ValueError):
+            search(encoder, images, out=tmp_path, overwrite=True, **{**other, **wrong})
+        assert kept()
+    baseline = Evaluator.baseline
+    monkeypatch.setattr(Evaluator, "baseline", lambda *_: (_ for _ in ()).throw(Stopped))
+    with pytest.raises(Stopped):
+        search(encoder, images, out=tmp_path, overwrite=True, **other)
+    assert kept()
+    monkeypatch.setattr(Evaluator, "baseline", baseline)
+    monkeypatch.setattr(Evaluator, "candidates", lambda *_: (_ for _ in ()).throw(Stopped))
+    with pytest.raises(Stopped):
+        search(encoder, images, out=tmp_path, overwrite=True, **other)
+    assert not (tmp_path / RECIPE).exists()  # it would be of the other search
+    monkeypatch.undo()
+    found = search(encoder, images, out=tmp_path, **other)
+    assert len(found.rows) == 1 + 3 * 3
+    assert json.loads((tmp_path / SETTINGS).read_text())["settings"]["objective"]["weight"] == 0.4
+
+
+def test_a_folder_without_a_value_is_free_for_other_images(images, tmp_path):
+    """An image cannot be read, is replaced, and the same command works."""
+    folder = tmp_path / "id"
+    for item in images:
+        (folder / NAMES[item.label]).mkdir(parents=True, exist_ok=True)
+        (folder / NAMES[item.label] / Path(item.path).name).write_bytes(item.read())
+    broken = folder / "cat" / "0.png"
+    content = broken.read_bytes()
+    broken.write_bytes(b"no picture")
+    options = {**OPTIONS, "order": "text", "out": tmp_path / "out"}
+    with pytest.raises(DataError, match=r"cat/0\.png"):
+        search(encoder_of(), load_images(folder), **options)
+    broken.write_bytes(content)
+    found = search(encoder_of(), load_images(folder), **options)
+    assert (tmp_path / "out" / RECIPE).exists()
+    assert found.baseline == search(encoder_of(), images, **{**OPTIONS, "order": "text"}).baseline
+
+
+def test_a_recipe_from_elsewhere_is_not_overwritten(images, tmp_path):
+    (tmp_path / RECIPE).write_text("mine")
+    with pytest.raises(DataError, match=r"recipe\.json without search\.json"):
+        search(encoder_of(), images, out=tmp_path, **OPTIONS)
+    assert (tmp_path / RECIPE).read_text() == "mine"
+
+
 def test_progress_ends_at_the_whole_and_never_goes_back(images):
     for order in ("image_text", "exhaustive"):
         seen = []

@@ -114,3 +114,24 @@ def test_the_same_picks_and_losses(kind, name, images, tmp_path):
     assert [tuple(entry[2]) for entry in theirs] == [places[layer] for layer, _ in picks]
     again = Recipe.from_lora_settings(theirs).apply(enc)
     assert loss_of(kind, again, pixels, labels) == pytest.approx(best, rel=tol.SWIN_F64_RTOL)
+
+
+def test_labels_are_found_by_the_names_of_the_classes(images):
+    """Folders come in the order of the alphabet, a model's classes in any."""
+    enc = encoder("timm v2")
+    names = enc.class_names
+    turned = [*names[2:], *names[:2]]
+    enc.class_names = tuple(turned)
+    pixels = torch.stack([preprocess(decode(item.read())) for item in images]).double()
+    labels = torch.tensor([turned.index(names[item.label]) for item in images])
+    options = {"ratios": (0.2,), "layers": [-1], "top_k": TOP_K, "weight": WEIGHT, "batch_size": 4}
+    found = search(enc, images, **options)
+    expected = loss_of("timm v2", enc, pixels, labels)
+    assert found.baseline.loss == pytest.approx(expected, rel=tol.SWIN_F64_RTOL)
+
+    enc.class_names = tuple(f"n{i:08}" for i in range(CLASSES))
+    with pytest.warns(RuntimeWarning, match=r"'class 0' for 'n00000000', ..., 'class 6' for"):
+        found = search(enc, images, **options)
+    labels = torch.tensor([item.label for item in images])
+    expected = loss_of("timm v2", enc, pixels, labels)
+    assert found.baseline.loss == pytest.approx(expected, rel=tol.SWIN_F64_RTOL)
