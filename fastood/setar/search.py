@@ -5,18 +5,20 @@ Source: arXiv 2406.12629.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
+from fastood.data.digests import digest_bytes
 from fastood.data.imageset import ImageSet
 from fastood.data.prompts import check_class_names, clean_name, fill, resolve_templates
-from fastood.errors import ModelError
+from fastood.errors import DataError, ModelError
 from fastood.models.base import Encoder
 from fastood.models.classifier import class_order
 from fastood.models.matrices import list_matrices
@@ -170,7 +172,7 @@ def search(
     )
     objective.check_classes(len(names))
     batches = _batches(len(data), partition, found.batch if batch_size is None else batch_size)
-    settings = {
+    settings: dict[str, Any] = {
         "model": {"name": encoder.name, "fingerprint": encoder.fingerprint},
         "plan": plan.describe(),
         "part": part,
@@ -179,7 +181,7 @@ def search(
         "partition": {"kind": partition, "batches": batches},
         "prompts": [list(row) for row in prompts],
         "class_names": list(names),
-        "images": {"name": images.name, "number": len(data), "digest": data.digest},
+        "images": {"number": len(data), "digest": _digest(images, labels.tolist())},
     }
     folder = None if out is None else Path(out)
     table = Table(folder, settings, score=score, overwrite=overwrite)
@@ -218,6 +220,7 @@ def search(
         seed=seed,
         search={
             **{k: v for k, v in settings.items() if k not in ("model", "part", "seed", "prompts")},
+            "images": {"name": images.name, **settings["images"]},
             "templates": list(resolve_templates(templates)) if prompts else [],
             "settings_from": source,
             "baseline": walk.baseline.as_dict(),
@@ -256,6 +259,24 @@ def _batches(n: int, partition: str, size: int) -> list[int]:
         )
     size = n if partition == "global" else check_count("batch_size", size, 1, None)
     return [min(size, n - start) for start in range(0, n, size)]
+
+
+def _digest(images: ImageSet, labels: Sequence[int]) -> str:
+    """Over contents and labels in their order, wherever the files lie.
+
+    Raises:
+        DataError: a file that cannot be read, by name.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for item, label in zip(images, labels, strict=True):
+        try:
+            state.update(digest_bytes(item.read()))
+        except OSError as error:
+            raise DataError(f"{item.path}: cannot be read: {error.strerror or error}") from error
+        except DataError as error:
+            raise DataError(f"{item.path}: {error}") from error
+        state.update(f"{label} ".encode())
+    return state.hexdigest()
 
 
 def _notes(walk: Walk, evaluator: Evaluator | None) -> tuple[str, ...]:

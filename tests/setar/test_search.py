@@ -330,6 +330,22 @@ def test_a_recipe_from_elsewhere_is_not_overwritten(images, tmp_path):
     assert (tmp_path / RECIPE).read_text() == "mine"
 
 
+def test_images_are_known_by_content(images, tmp_path):
+    """A moved folder goes on, a replaced picture does not."""
+    for item in images:
+        target = tmp_path / "moved" / item.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(item.read())
+    encoder, out = encoder_of(), tmp_path / "out"
+    found = search(encoder, images, out=out, order="text", **OPTIONS)
+    again = search(encoder, load_images(tmp_path / "moved"), out=out, order="text", **OPTIONS)
+    assert again.recipe.picks == found.recipe.picks
+    first, other = sorted((tmp_path / "moved" / "apple").iterdir())
+    first.write_bytes(other.read_bytes())
+    with pytest.raises(DataError, match=r"another search.*images\.digest"):
+        search(encoder, load_images(tmp_path / "moved"), out=out, order="text", **OPTIONS)
+
+
 def test_progress_ends_at_the_whole_and_never_goes_back(images):
     for order in ("image_text", "exhaustive"):
         seen = []
