@@ -88,7 +88,8 @@ Adapt = Annotated[
     list[str] | None,
     typer.Option(
         "--adapt",
-        help="File of `fastood train`; repeat for several, in the order they were trained.",
+        help="File of `fastood train`, or recipe of `fastood search setar`; repeat for several, in "
+        "the order they were made.",
         rich_help_panel=_MODEL,
     ),
 ]
