@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -101,3 +102,24 @@ def test_the_python_examples_of_the_readme_run(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTOOD_CACHE", str(tmp_path / "cache"))
     exec(compile(readme_blocks()[block], f"README block {block}", "exec"), {})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_every_package_can_be_imported_first():
+    """None works only because another happened to be imported before it."""
+    root = Path(fastood.__file__).parent
+    names = sorted(f"fastood.{p.parent.name}" for p in root.glob("*/__init__.py"))
+    names.remove("fastood.kernels")  # wants Triton
+    failed = python(
+        "import importlib, os, torch, open_clip\n"
+        f"for name in {names!r}:\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        try:\n"
+        "            importlib.import_module(name)\n"
+        "        except ImportError as error:\n"
+        "            print(name, error, flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+    )
+    assert failed == ""

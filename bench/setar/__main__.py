@@ -66,15 +66,39 @@ PLAIN, AUTHORS = (4, 2) if SMOKE else (24, 6)
 WEIGHT = 0.1
 
 
-def sdpa_flops(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **_: Any) -> int:
-    """Of attention on a CPU, which the counter does not know."""
+def _product(a: Tensor, b: Tensor) -> int:
+    """Flops of a b."""
+    return 2 * a.numel() * b.shape[-1]
+
+
+def _of_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     b, h, n, e = query.shape
     return 2 * b * h * n * key.shape[-2] * (e + value.shape[-1])
 
 
-sdpa_flops._get_raw = True  # type: ignore[attr-defined]
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-COUNTED = {_CPU_ATTENTION: sdpa_flops}
+def _of_module(query: Tensor, *_: Any, **__: Any) -> int:
+    """``nn.MultiheadAttention`` in one piece: four layers and two products."""
+    b, n, w = query.shape
+    return 2 * b * n * w * (4 * w + 2 * n)
+
+
+def _in_place(_: Tensor, a: Tensor, b: Tensor, **__: Any) -> int:
+    return _product(a, b)
+
+
+def _of_patches(local: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return _product(local, weight.mT)
+
+
+COUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
+    torch.ops.aten._native_multi_head_attention: _of_module,
+    torch.ops.aten.addmm_: _in_place,
+    torch.ops.fastood.patch_terms: _of_patches,
+}
+"""What the counter does not know: it would be left out without a word."""
+for _formula in COUNTED.values():
+    _formula._get_raw = True  # type: ignore[attr-defined]  # called with tensors, not shapes
 
 
 def counted(call: Callable[[], Any]) -> tuple[Any, float]:
