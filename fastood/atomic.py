@@ -50,9 +50,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
     File names that were not valid UTF-8 arrive as lone surrogates; they are written as visible
     escapes (``\\udcff``) rather than failing at the end of a long run.
+
+    Raises:
+        DataError: if the file cannot be written, the disk being full, say.
+        OSError: if the folder cannot be made.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        try:
+            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        except OSError as error:  # of a full disk it does not say which file
+            raise DataError(f"{target}: cannot be written ({error.strerror or error})") from error
     return target

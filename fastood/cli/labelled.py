@@ -18,7 +18,7 @@ def read_shots(text: str) -> int | None:
     """A number of images of each class; None for all."""
     if text == "all":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--shots: expected a number of images of each class or 'all', got {text}")
     return int(text)
 

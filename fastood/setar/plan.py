@@ -172,8 +172,11 @@ def make_plan(
     else:
         ordered = [m for run in runs for m in run]
     plan = Plan(order, tuple(ordered), values)
-    for matrix in plan.matrices:
-        list(plan.candidates(matrix))  # numbers above a matrix are refused now
+    for matrix in plan.matrices:  # numbers above a matrix are refused now
+        try:
+            list(plan.candidates(matrix))
+        except ValueError as error:
+            raise ValueError(f"ratios: {matrix.address} {matrix.shape}: {error}") from None
     if not plan.evaluations:
         raise ValueError(f"ratios: expected at least one that drops something, got {values}")
     return plan
@@ -258,5 +261,6 @@ def _no_tower(model: nn.Module) -> str:
     kind = type(visual if visual is not None else model).__name__
     return (
         f"model: SeTAR searches the weight matrices of transformers, and the image tower {kind} "
-        "has none that can be addressed (ResNets are excluded); use a ViT or a Swin"
+        "has none that can be addressed (ResNets are excluded); use a CLIP with a ViT, or a Swin "
+        "classifier"
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -191,6 +192,9 @@ class Table:
             name: int(line[name]) if name in _WHOLE else float(line[name])
             for name in ("visit", "count", "seconds", *_VALUES)
         }
+        for name in _VALUES:
+            if not math.isfinite(read[name]):
+                raise ValueError(f"{name} is {read[name]}")
         ratio = line["ratio"]
         value = {name: read[name] for name in _VALUES}
         if self._score is not None and line["auroc"]:

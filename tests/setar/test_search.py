@@ -246,6 +246,19 @@ def test_half_a_line_of_a_killed_run_is_computed_again(images, tmp_path):
         assert sorted(r.key for r in found.rows) == sorted(r.key for r in expected.rows)
 
 
+def test_a_damaged_table_is_refused(images, tmp_path):
+    encoder = encoder_of()
+    search(encoder, images, out=tmp_path, order="text", **OPTIONS)
+    table = tmp_path / CANDIDATES
+    lines = table.read_text().splitlines()
+    cells = lines[2].split(",")
+    for at, wrong in ((5, "nan"), (5, "x"), (3, "1.5")):
+        damaged = ",".join([*cells[:at], wrong, *cells[at + 1 :]])
+        table.write_text("\n".join([*lines[:2], damaged, *lines[3:], ""]))
+        with pytest.raises(DataError, match=r"candidates\.csv: is damaged .*remove it"):
+            search(encoder, images, out=tmp_path, order="text", **OPTIONS)
+
+
 def test_the_table_can_be_read_by_anyone(images, tmp_path):
     found = search(encoder_of(), images, out=tmp_path, order="text", **OPTIONS)
     rows = list(csv.DictReader((tmp_path / CANDIDATES).open()))

@@ -118,4 +118,9 @@ def test_differences_are_named_with_both_sides():
         "new: saved None, now 4",
     ]
     assert differences({"n": [1]}, {"n": [1, 2]}) == ["n: saved 1 entries, now 2"]
+    prompts = [[f"a photo of a {i}" for i in range(1000)]]
+    (line,) = differences({"p": prompts}, {"p": [[*prompts[0][:-1], "b"]]})
+    assert line == "p[0][999]: saved 'a photo of a 999', now 'b'"
+    (line,) = differences({"p": prompts}, {"p": None})
+    assert line.endswith("..., now None") and len(line) < 250
     assert differences(saved, dict(saved)) == []
