@@ -26,7 +26,7 @@ from fastood.models import load_model
 from fastood.models.base import Encoder
 from fastood.pipeline import Pipeline
 from fastood.pipeline.finetune import FineTuned, fine_tune
-from fastood.setar.search import Found, search
+from fastood.setar.run import Found, search
 from fastood.tuning.fewshot import few_shot, take_images
 from fastood.tuning.registry import method_class
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -51,6 +53,20 @@ def test_every_public_name_exists_and_is_documented(name):
     value = getattr(fastood, name)
     if callable(value):
         assert value.__doc__ and len(value.__doc__) > 20
+
+
+def packages() -> list[str]:
+    found = pkgutil.walk_packages(fastood.__path__, "fastood.")
+    return ["fastood", *(m.name for m in found if m.ispkg)]
+
+
+@pytest.mark.parametrize("name", packages())
+def test_no_module_hides_a_name_that_is_loaded_on_first_use(name):
+    """Importing ``package.search`` makes ``package.search`` that module, whatever it was before."""
+    package = importlib.import_module(name)
+    modules = getattr(package, "_MODULES", {})
+    taken = {m.name for m in pkgutil.iter_modules(package.__path__)}
+    assert taken.isdisjoint(n for names in modules.values() for n in names)
 
 
 def test_an_unknown_name_is_an_attribute_error():

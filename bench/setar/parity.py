@@ -36,7 +36,7 @@ from fastood.setar.lowrank import count_of
 from fastood.setar.matching import network_of
 from fastood.setar.objective import Value
 from fastood.setar.recipe import Recipe
-from fastood.setar.search import Found, search
+from fastood.setar.run import Found, search
 
 __all__ = ["compare", "main"]
 

@@ -16,7 +16,7 @@ from fastood.cli import inputs, labelled, show
 from fastood.cli import options as o
 
 if TYPE_CHECKING:
-    from fastood.setar.search import Found, Progress
+    from fastood.setar.run import Found, Progress
 
 __all__ = ["search_app"]
 
@@ -180,7 +180,7 @@ def setar(
     from fastood.models import load_model
     from fastood.report.search import write_search_report
     from fastood.setar.plan import RATIOS
-    from fastood.setar.search import Partition, search
+    from fastood.setar.run import Partition, search
     from fastood.setar.table import CANDIDATES
     from fastood.tuning.adaptation import adapt as put_on
     from fastood.tuning.fewshot import few_shot

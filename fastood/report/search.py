@@ -16,7 +16,7 @@ from fastood.report.searchview import KIND_NAMES, METRIC_NAMES, SearchView, Towe
 
 if TYPE_CHECKING:
     from fastood.setar.objective import Value
-    from fastood.setar.search import Found
+    from fastood.setar.run import Found
 
 __all__ = ["render_search_report", "save_search_figure", "write_search_report"]
 

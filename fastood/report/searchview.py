@@ -10,7 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from fastood.setar.recipe import Pick
-    from fastood.setar.search import Found
+    from fastood.setar.run import Found
     from fastood.setar.table import Row
 
 __all__ = ["KIND_NAMES", "METRIC_NAMES", "Bar", "Candidate", "SearchView", "Tower", "Visit"]

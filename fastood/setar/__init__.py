@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from fastood.lazy import lazy_names
 
 if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same at run time
+    from fastood.setar.authors import published
     from fastood.setar.lowrank import (
         Factors,
         LowRankBasis,
@@ -27,9 +28,8 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
     )
     from fastood.setar.objective import Objective, Value
     from fastood.setar.plan import Plan, make_plan
-    from fastood.setar.published import published
     from fastood.setar.recipe import Pick, Recipe
-    from fastood.setar.search import Found, search
+    from fastood.setar.run import Found, search
 
 __all__ = [
     "Factors",
@@ -60,9 +60,9 @@ _MODULES = {
     ),
     "objective": ("Objective", "Value"),
     "plan": ("Plan", "make_plan"),
-    "published": ("published",),
+    "authors": ("published",),
     "recipe": ("Pick", "Recipe"),
-    "search": ("Found", "search"),
+    "run": ("Found", "search"),
 }
 __getattr__ = lazy_names(__name__, _MODULES)
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fastood.errors import ModelError
 from fastood.models.base import Encoder
 from fastood.models.matrices import Matrix, find, list_matrices
+from fastood.setar.authors import backbone_of, published
 from fastood.setar.lowrank import Part
 from fastood.setar.matching import basis_of
-from fastood.setar.published import backbone_of, published
 from fastood.setar.recipe import Recipe as Picks
 from fastood.tuning.low_rank_method import (
     LowRankMethod,

@@ -19,7 +19,7 @@ from fastood.report.searchview import SearchView
 from fastood.setar.objective import METRICS, Value
 from fastood.setar.picks import Pick
 from fastood.setar.recipe import Recipe
-from fastood.setar.search import Found
+from fastood.setar.run import Found
 from fastood.setar.table import Row
 
 RATIOS = (0.1, 0.2, 0.4)

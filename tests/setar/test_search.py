@@ -18,7 +18,7 @@ from fastood.errors import DataError, ModelError
 from fastood.models import OpenClipEncoder, load_model
 from fastood.setar import Objective, make_plan, published, search
 from fastood.setar.evaluate import Evaluator
-from fastood.setar.search import RECIPE
+from fastood.setar.run import RECIPE
 from fastood.setar.table import CANDIDATES, SETTINGS
 from tests.models import tiny
 from tests.setar.plain_search import Plain, plain_search, top_down

@@ -23,12 +23,12 @@ from fastood.models.base import Encoder
 from fastood.models.classifier import class_order
 from fastood.models.matrices import list_matrices
 from fastood.scores.inputs import check_count
+from fastood.setar.authors import backbone_of, published
 from fastood.setar.evaluate import Evaluator
 from fastood.setar.lowrank import Part, check_part
 from fastood.setar.matching import network_of
 from fastood.setar.objective import Objective, Value
 from fastood.setar.plan import RATIOS, make_plan
-from fastood.setar.published import backbone_of, published
 from fastood.setar.recipe import Recipe
 from fastood.setar.table import RECIPE, Row, Table
 from fastood.setar.walk import Progress, Walk
