@@ -21,7 +21,6 @@ float32 products are taken in float32, never in TF32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -32,17 +31,18 @@ from fastood.errors import ModelError
 from fastood.models.base import Encoder
 from fastood.models.copies import copy_encoder
 from fastood.models.matrices import Matrix
-from fastood.room import free_memory, size_text
+from fastood.room import size_text
 from fastood.scores.inputs import unit_rows
+from fastood.setar.exact import exact
 from fastood.setar.lowrank import LowRankBasis, Part
 from fastood.setar.objective import Objective, Tally, Value
 from fastood.setar.plan import Candidate, Plan
-from fastood.setar.prefix import Prefix, bytes_of, spacing
+from fastood.setar.prefix import Prefix, bytes_of, default_memory, spacing
 from fastood.setar.tails import Tails
 from fastood.setar.towers.base import ImageTower, Seen, image_tower
 from fastood.setar.towers.text import TextParts
 
-__all__ = ["Evaluator", "default_memory", "exact"]
+__all__ = ["Evaluator"]
 
 _CHUNK = {"cpu": 16, "cuda": 128}
 """Images run together."""
@@ -378,31 +378,6 @@ class Evaluator:
                 return
             if line not in self.notes:
                 self.notes.append(line)
-
-
-def default_memory(device: torch.device) -> int:
-    """A quarter of what is free where ``device`` computes; 4 GB where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 4
-    free = free_memory()
-    return 4_000_000_000 if free is None else free // 4
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """No gradients, no autocast, float32 products in float32; settings are restored."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
-        with torch.no_grad(), _without_autocast("cuda"), _without_autocast("cpu"):
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def _without_autocast(kind: str) -> AbstractContextManager[Any]:
-    return torch.autocast(kind, enabled=False)
 
 
 def _report(done: Callable[[float], None] | None, units: float) -> None:

@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["Prefix", "Stack", "bytes_of", "spacing"]
+from fastood.room import free_memory
+
+__all__ = ["Prefix", "Stack", "bytes_of", "default_memory", "spacing"]
 
 
 class Stack(Protocol):
@@ -93,3 +96,11 @@ def bytes_of(state: Any) -> int:
     if isinstance(state, Iterable) and not isinstance(state, (str, bytes)):
         return sum(map(bytes_of, state))
     return 0
+
+
+def default_memory(device: torch.device) -> int:
+    """A quarter of what is free where ``device`` computes; 4 GB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 4
+    free = free_memory()
+    return 4_000_000_000 if free is None else free // 4

@@ -10,7 +10,8 @@ from fastood.errors import ModelError
 from fastood.models.base import Encoder
 from fastood.models.copies import copy_encoder
 from fastood.scores.inputs import unit_rows
-from fastood.setar.evaluate import Evaluator, exact
+from fastood.setar.evaluate import Evaluator
+from fastood.setar.exact import exact
 from fastood.setar.lowrank import low_rank
 from fastood.setar.objective import Objective, Value
 from fastood.setar.plan import Candidate, Plan, make_plan
