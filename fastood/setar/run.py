@@ -123,6 +123,7 @@ def search(
     Returns:
         ``Found``.
     Raises:
+        TypeError: an encoder, images or class names that are none.
         ValueError: settings that do not exist or do not fit (ratios outside [0, 1), ranks above a
             matrix, unknown layers, top_k >= K, labels outside the classes, images without labels).
         ModelError: towers that cannot be taken apart (ResNets, unknown blocks), a dtype below
@@ -136,7 +137,10 @@ def search(
         >>> plan.visits, plan.evaluations
         (6, 48)
     """
+    _check_types(encoder, images, class_names)
     check_part(part, seed)
+    memory = None if memory is None else check_count("memory", memory, 0, None)
+    chunk = None if chunk is None else check_count("chunk", chunk, 1, None)
     model = network_of(encoder)
     plan = make_plan(
         model, order=order, kinds=kinds, ratios=ratios, projections=projections, layers=layers
@@ -231,6 +235,21 @@ def search(
     )
     file = None if folder is None else recipe.write(folder / RECIPE)
     return Found(recipe, walk.baseline, walk.best, table.rows, file, notes)
+
+
+def _check_types(encoder: Any, images: Any, class_names: Any) -> None:
+    if not isinstance(encoder, Encoder):
+        raise TypeError(
+            f"encoder: expected a model of load_model, got {type(encoder).__name__}; wrap a model "
+            "of open_clip in OpenClipEncoder, one of Hugging Face in HFEncoder"
+        )
+    if not isinstance(images, ImageSet):
+        raise TypeError(
+            f"images: expected an ImageSet (load_images), got {type(images).__name__}; a search "
+            "runs the image tower"
+        )
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names: expected a list of names, got the text {class_names!r}")
 
 
 def _depth(model: torch.nn.Module) -> int:

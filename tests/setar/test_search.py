@@ -379,6 +379,13 @@ def refused(images, match: str, error=ValueError, encoder=None, **options) -> No
 
 def test_what_is_refused_before_any_image_is_read(images, monkeypatch):
     monkeypatch.setattr(Evaluator, "__init__", None)  # nothing gets that far
+    refused(images, r"chunk: expected 1 <= chunk, got 0", chunk=0)
+    refused(images, r"chunk: expected an integer .* got 1.5", chunk=1.5)
+    refused(images, r"memory: expected 0 <= memory, got -1", memory=-1)
+    refused(images, r"encoder: .* got CLIP; wrap", TypeError, encoder_of().model)
+    refused(["a.png"], r"images: expected an ImageSet .* got list", TypeError)
+    refused(images, r"class_names: expected a list of names, got the text", TypeError,
+            class_names="abcde")  # fmt: skip
     refused(images, r"ratios: .*share in \[0, 1\), got 1.5", ratios=(0, 1.5))
     refused(images, r"ratios: .*share in \[0, 1\), got -0.1", ratios=(-0.1,))
     refused(images, r"ratios: .*nan", ratios=(float("nan"),))
