@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastood.errors import ModelError
 from fastood.models.base import Encoder
 from fastood.models.copies import copy_encoder
 from fastood.models.matrices import Matrix
@@ -39,7 +38,7 @@ from fastood.setar.objective import Objective, Tally, Value
 from fastood.setar.plan import Candidate, Plan
 from fastood.setar.prefix import Prefix, bytes_of, default_memory, spacing
 from fastood.setar.tails import Tails
-from fastood.setar.towers.base import ImageTower, Seen, image_tower
+from fastood.setar.towers.base import ImageTower, Seen, check_precision, image_tower
 from fastood.setar.towers.text import TextParts
 
 __all__ = ["Evaluator"]
@@ -84,19 +83,17 @@ class Evaluator:
         memory: int | None = None,
         chunk: int | None = None,
     ) -> None:
-        if encoder.dtype not in (torch.float32, torch.float64):
-            raise ModelError(
-                f"{encoder.name}: expected a model in float32 (losses of candidates differ in the "
-                f"fifth digit), got {encoder.dtype}; load it with dtype float32"
-            )
+        check_precision(encoder)
         self.encoder = copy_encoder(encoder)
         self.objective = objective
         self._plan, self._part, self._seed = plan, part, seed
         self._batches, self._labels = tuple(batches), labels.to(self.encoder.device)
         self._pixels = pixels
         device = self.encoder.device
-        self._image: ImageTower = image_tower(self.encoder)
-        self._text = None if self._image.head() is not None else TextParts(self.encoder, prompts)
+        with exact():  # what is taken apart is compared with the whole
+            self._image: ImageTower = image_tower(self.encoder)
+            classifier = self._image.head() is not None
+            self._text = None if classifier else TextParts(self.encoder, prompts)
         size = chunk if chunk is not None else _CHUNK.get(device.type, 16)
         positions = torch.arange(len(labels))
         self._chunks = positions.split(size)

@@ -31,6 +31,7 @@ from fastood.setar.objective import Objective, Value
 from fastood.setar.plan import RATIOS, make_plan
 from fastood.setar.recipe import Recipe
 from fastood.setar.table import RECIPE, Row, Table
+from fastood.setar.towers.base import check_precision
 from fastood.setar.walk import Progress, Walk
 from fastood.tuning.live import LiveImages
 
@@ -142,6 +143,7 @@ def search(
     memory = None if memory is None else check_count("memory", memory, 0, None)
     chunk = None if chunk is None else check_count("chunk", chunk, 1, None)
     model = network_of(encoder)
+    check_precision(encoder)
     plan = make_plan(
         model, order=order, kinds=kinds, ratios=ratios, projections=projections, layers=layers
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +14,6 @@ from fastood.models.base import Encoder
 from fastood.models.copies import copy_encoder
 from fastood.scores.inputs import unit_rows
 from fastood.setar.evaluate import Evaluator
-from fastood.setar.exact import exact
 from fastood.setar.lowrank import low_rank
 from fastood.setar.objective import Objective, Value
 from fastood.setar.plan import Candidate, Plan, make_plan
@@ -219,7 +221,7 @@ def test_costs_are_reported_in_full():
 def test_half_precision_is_refused():
     encoder = open_clip_encoder(torch.bfloat16)
     plan = make_plan(encoder.model)
-    with pytest.raises(ModelError, match=r"expected a model in float32.*bfloat16"):
+    with pytest.raises(ModelError, match=r"needs float32 or float64 weights, got torch.bfloat16"):
         evaluator(encoder, plan)
 
 
@@ -230,17 +232,47 @@ def test_too_little_memory_is_said():
     assert not evaluator(encoder, plan).notes
 
 
-def test_exact_products_and_restored_settings():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = True
-    try:
-        with exact():
-            assert not matmul.allow_tf32
-            assert not torch.is_grad_enabled()
-        assert matmul.allow_tf32
-    finally:
-        matmul.allow_tf32 = before
+_EXACT = """
+import torch, warnings
+warnings.simplefilter("ignore")
+{setting}
+from fastood.setar.exact import exact
+new = hasattr(torch.backends, "fp32_precision")
+def state():
+    b = torch.backends
+    places = [b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul, b.mkldnn.conv] if new else []
+    older = [] if "fp32" in {setting!r} else [torch.get_float32_matmul_precision()]
+    return [b.cudnn.allow_tf32, *older, *(p.fp32_precision for p in places)]
+g = torch.Generator().manual_seed(0)
+x = torch.randn(512, 512, generator=g)
+true, before = x.double() @ x.double(), state()
+with exact():
+    assert not torch.is_grad_enabled()
+    error = float(((x @ x).double() - true).abs().max())  # bfloat16: 0.25 where the CPU has it
+    place = torch.backends.cuda.matmul
+    assert place.fp32_precision == "ieee" if new else not place.allow_tf32
+assert error < 1e-3, error
+assert state() == before and torch.is_grad_enabled()
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    ],
+)
+def test_exact_products_and_restored_settings(setting):
+    """In processes of their own: torch's older and newer settings must not be mixed in one."""
+    if "fp32" in setting and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch below 2.9")
+    done = subprocess.run(
+        [sys.executable, "-c", _EXACT.format(setting=setting)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------------ prefix
