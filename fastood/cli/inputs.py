@@ -27,6 +27,7 @@ __all__ = [
     "read_named_set",
     "read_set",
     "read_sets",
+    "templates_of",
     "within",
 ]
 
@@ -161,6 +162,13 @@ def literal(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def templates_of(given: Sequence[str] | None) -> str | list[str]:
+    """``--template``: one text, which may be the name of a set, or several; none is MCM's."""
+    if not given:
+        return "mcm"
+    return given[0] if len(given) == 1 else list(given)
 
 
 def adapted_classes(files: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -130,7 +130,7 @@ class Request:
             pipeline = Pipeline(
                 encoder,
                 names,
-                templates=_templates(self.templates),
+                templates=inputs.templates_of(self.templates),
                 methods=methods,
                 negatives=negatives,
                 groups=self.groups,
@@ -145,9 +145,3 @@ class Request:
             for message in pipeline.warnings:
                 show.note(message)
             yield pipeline
-
-
-def _templates(given: Sequence[str] | None) -> Any:
-    if not given:
-        return "mcm"
-    return given[0] if len(given) == 1 else list(given)

@@ -232,7 +232,7 @@ def setar(
             id_set=id_set,
             partition=cast(Partition, partition),
             batch_size=reference_batch,
-            templates=template or "mcm",
+            templates=inputs.templates_of(template),
             out=out,
             overwrite=overwrite,
             memory=budget,

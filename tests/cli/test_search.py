@@ -98,6 +98,21 @@ def test_wrong_words_are_refused(photos, tmp_path, capsys, words, message):
     assert not out.exists()
 
 
+def test_templates_come_as_sets_by_name_or_as_they_are(photos, tmp_path):
+    from fastood.data.prompts import TEMPLATES
+
+    words = ["search", "setar", "--id", str(photos), *TINY, "--order", "text", "--ratios", "0.2"]
+    for given, expected in (
+        (["coop"], TEMPLATES["coop"]),
+        (["a {}.", "one {}"], ("a {}.", "one {}")),
+    ):
+        out = tmp_path / given[0][:4]
+        options = [word for text in given for word in ("--template", text)]
+        assert run([*words, *options, "--layers", "-1", "--out", str(out)]) == 0
+        recipe = json.loads((out / "recipe.json").read_text())
+        assert recipe["search"]["templates"] == list(expected)
+
+
 def test_images_without_classes_and_files_as_folders(tmp_path, capsys):
     assert "expected labelled images" in failing(capsys, "--id", str(photo_folder("far-omniglot")))
     file = tmp_path / "file"
