@@ -162,8 +162,11 @@ def _facts(view: SearchView) -> dict[str, Any]:
     batches = list(partition.get("batches") or ())
     objective = dict(search.get("objective") or {})
     kinds = list(dict.fromkeys(pick.kind for pick in view.recipe.picks))
+    order = view.order
+    if order in ("image_text", "text_image") and len(view.towers) == 1:  # a classifier has no text
+        order = view.towers[0].name
     return {
-        "order": _ORDERS.get(view.order, view.order),
+        "order": _ORDERS.get(order, order),
         "matrices": ", ".join(KIND_NAMES[kind] for kind in kinds),
         "ratios": ", ".join(f"{ratio:g}" for ratio in plan.get("ratios") or ()),
         "directions dropped": view.recipe.part,

@@ -258,6 +258,15 @@ def test_bars_show_what_is_kept():
     assert "−10" in page.words
 
 
+def test_a_classifier_has_no_text_tower_in_its_order(found):
+    alone = search_of([("image", "up", 0)], [[1.9, 2.0, 2.0]])
+    words = Page(render_search_report(alone)).words
+    assert "image tower, from the last block" in words
+    assert not any("text tower" in word for word in words)
+    both = Page(render_search_report(found)).words
+    assert "image tower, then text tower, from the last block" in both
+
+
 def test_several_kinds_and_projections():
     picks = [("image", "proj", None), ("image", "up", 1), ("image", "q", 1), ("text", "up", 0)]
     found = search_of(picks, [[1.9]] * 4)
