@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from fastood.models.matrices import Matrix
@@ -53,6 +54,7 @@ class Walk:
         self._accepted: list[Candidate] = []
         self._given = 0  # how many of them the evaluator has
         self._decided: list[Matrix] = []
+        self._same = False  # the model is the one of the visit before
         self.picks: list[Pick] = []
         self.baseline: Value
         self.best: Value
@@ -72,6 +74,7 @@ class Walk:
                 for candidate, value in self._values(visit, matrix):
                     if self._objective.better(value, self.best):
                         self.best, chosen = value, candidate
+            self._same = chosen is None
             decided = group[0] if chosen is None else chosen.matrix
             self._decide(decided, chosen)
             if self._plan.order == "single":
@@ -85,7 +88,7 @@ class Walk:
         missing = [
             c for c in candidates if self._table.find(visit, matrix.address, c.count) is None
         ]
-        if missing:
+        if missing and not self._copy(visit, matrix.address, missing):
             self._compute(visit, matrix.address, missing)
         found = []
         for candidate in candidates:
@@ -93,6 +96,22 @@ class Walk:
             assert row is not None
             found.append((candidate, row.value))
         return found
+
+    def _copy(self, visit: int, address: str, candidates: list[Candidate]) -> bool:
+        """Whether these were tried on the very same model in the visit before; then they are known.
+
+        So an exhaustive search computes nothing more once a visit has found no better candidate.
+        """
+        if not self._same:
+            return False
+        rows = [self._table.find(visit - 1, address, c.count) for c in candidates]
+        known = [replace(row, visit=visit, seconds=0.0) for row in rows if row is not None]
+        if len(known) < len(rows):
+            return False
+        self._table.add(known)
+        if self._total:
+            self._tell(sum(map(self._evaluating().cost, candidates)))
+        return True
 
     def _compute(self, visit: int, address: str, candidates: list[Candidate]) -> list[Row]:
         evaluator = self._evaluating()

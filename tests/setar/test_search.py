@@ -181,6 +181,26 @@ def test_what_reaches_the_class_token_alone_gains_nothing_by_rounding(images, op
     assert {row.value.objective for row in found.rows} == {found.baseline.objective}
 
 
+def test_an_exhaustive_search_computes_nothing_on_a_model_it_has_tried(images, monkeypatch):
+    computed = []
+    run = Evaluator.candidates
+
+    def counting(self, candidates, done=None):
+        computed.append(candidates[0].matrix.address)
+        return run(self, candidates, done)
+
+    monkeypatch.setattr(Evaluator, "candidates", counting)
+    found = search(encoder_of(5), images, order="exhaustive", layers=[-1, -2], **OPTIONS)
+    accepted = sum(pick.count > 0 for pick in found.recipe.picks)
+    assert 0 < accepted < 3  # of four: the last visits find nothing
+    assert len(computed) == sum(4 - i for i in range(accepted + 1))
+    assert len(found.rows) == 1 + 3 * (4 + 3 + 2 + 1)
+    values = {row.key: row.value for row in found.rows}
+    for (visit, matrix, count), value in values.items():
+        if visit > accepted + 1:
+            assert value == values[visit - 1, matrix, count]
+
+
 def test_equal_ratios_and_those_that_round_to_nothing_are_tried_once(images):
     encoder = encoder_of()
     found = search(encoder, images, order="image", **{**OPTIONS, "ratios": (0, 0.001, 0.1, 0.101)})
