@@ -189,6 +189,17 @@ class Recipe:
         for name in ("model", "search"):
             if not isinstance(content.get(name, {}), Mapping):
                 raise ValueError(f"{name}: expected fields and values; the file is damaged")
+        model = content.get("model", {})
+        shapes, stages = model.get("matrices", {}), model.get("stages", [])
+        if (
+            not isinstance(shapes, Mapping)
+            or not all(_whole_numbers(shape, 2) for shape in shapes.values())
+            or not _whole_numbers(stages)
+        ):
+            raise ValueError(
+                "model: expected matrices as {address: [out, in]} and stages as a list of numbers; "
+                "the file is damaged"
+            )
         return cls(
             tuple(as_pick(pick) for pick in picks),
             content.get("part", "minor"),
@@ -295,10 +306,20 @@ class Recipe:
         warnings.warn(
             f"the recipe was found on {self.model.get('name')} (fingerprint {str(theirs)[:12]}, "
             f"{self.model.get('dtype')}), and is applied to {encoder.name} (fingerprint "
-            f"{encoder.fingerprint[:12]}, {dtype}): the same architecture with other weights",
+            f"{encoder.fingerprint[:12]}, {dtype}): the same architecture with other weights"
+            f"{', or in another precision' if dtype != self.model.get('dtype') else ''}",
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _whole_numbers(given: Any, length: int | None = None) -> bool:
+    """Whether it is a list of integers above 0, as JSON has them."""
+    return (
+        isinstance(given, list)
+        and length in (None, len(given))
+        and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
+    )
 
 
 def is_recipe(path: str | os.PathLike[str]) -> bool:

@@ -61,7 +61,11 @@ def adapt(encoder: Encoder, files: Sequence[str | os.PathLike[str]]) -> Adapted:
         header = read_header(file)
         made_of.append({"file": os.fspath(file), **header.summary()})
         if is_recipe(file):
-            encoder = Recipe.read(file).apply(encoder)
+            recipe = Recipe.read(file)
+            try:
+                encoder = recipe.apply(encoder)
+            except (ModelError, ValueError) as error:  # of several files, which one
+                raise type(error)(f"{os.fspath(file)}: {error}") from error
             continue
         method = load_method(file, encoder)
         if method.changes_towers:

@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastood.data.classes import plain_name
 from fastood.errors import ModelError
 from fastood.models.base import Encoder, ImageFeatures
-from fastood.models.classifier import ClassifierEncoder
+from fastood.models.classifier import ClassifierEncoder, class_order
 from fastood.models.copies import copy_encoder
 from fastood.models.matrices import Matrix
 from fastood.prompts.encoder import PromptEncoder
@@ -313,18 +312,7 @@ def _last_layer(encoder: Encoder, class_names: Sequence[str]) -> Callable[[], Te
             f"class_names: expected the {len(weight)} classes of {encoder.name}, got "
             f"{len(class_names)}; its last layer is not trained"
         )
-    own = {
-        plain_name(name): k for k, name in enumerate(getattr(encoder, "class_names", None) or ())
-    }
-    order = [own.get(plain_name(name)) for name in class_names]
-    if None in order or len(set(order)) < len(order):
-        order = list(range(len(class_names)))
-        if own:
-            warnings.warn(
-                f"class_names: not spelled as those of {encoder.name}, whose order is taken",
-                RuntimeWarning,
-                stacklevel=5,
-            )
+    order = class_order(encoder, class_names)
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
     rows = torch.cat([weight, bias[:, None]], dim=1).detach()[order].to(encoder.device)
     return lambda: rows

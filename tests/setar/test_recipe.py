@@ -294,6 +294,10 @@ def test_other_weights_of_the_same_architecture(tmp_path):
         (lambda c: c["picks"][0].update(ratio=None), "expected a share"),
         (lambda c: c["picks"].append(c["picks"][0]), "more than once"),
         (lambda c: c.update(model=[]), "model: expected fields"),
+        (lambda c: c["model"].update(matrices=[1]), "model: expected matrices"),
+        (lambda c: c["model"]["matrices"].update({"image.1.up": 7}), "model: expected matrices"),
+        (lambda c: c["model"]["matrices"].update({"image.1.up": [8]}), "model: expected matrices"),
+        (lambda c: c["model"].update(stages="2"), "model: expected matrices"),
         (lambda c: c.update(part=["minor"]), "part: expected"),
         (lambda c: c.update(seed="a"), "seed"),
     ],
@@ -323,7 +327,8 @@ def test_files_that_are_none(tmp_path):
             adapt(open_clip_encoder(), [bad])
     edited = Recipe.of(open_clip_encoder(), [["image", "up", 0, 0.5]]).write(bad)
     edited.write_text(edited.read_text("utf-8").replace("0.5", "0.4"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a ratio of 0.4 means 13 directions, the recipe says 16"):
+    message = r"bad\.json: image.0.up .* a ratio of 0.4 means 13 directions, the recipe says 16"
+    with pytest.raises(ValueError, match=message):
         adapt(open_clip_encoder(), [edited])
 
 
