@@ -14,7 +14,7 @@ from fastood.data.decode import DECODE_VERSION
 from fastood.data.imageset import ImageSet
 from fastood.models.base import Encoder
 
-__all__ = ["chunk_key", "key_parts", "provenance"]
+__all__ = ["chunk_key", "key_parts", "product_precision", "provenance"]
 
 _DECISIVE = ("fingerprint", "preprocess", "dtype", "device", "batch_size", "local", "precision",
              "versions")  # fmt: skip
@@ -31,6 +31,19 @@ def chunk_key(parts: dict[str, Any], digests: list[bytes]) -> str:
 def key_parts(found: dict[str, Any], chunk_size: int) -> dict[str, Any]:
     """What of the provenance decides about a chunk's bits (names and folders do not)."""
     return {**{k: found[k] for k in _DECISIVE}, "decode": DECODE_VERSION, "chunk": chunk_size}
+
+
+def product_precision() -> str:
+    """How float32 products are taken: ``highest``, ``high`` or ``medium``.
+
+    A program that uses torch's newer settings cannot be asked for these; their own values then.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        backends: Any = torch.backends
+        places = {"cuda": backends.cuda.matmul, "mkldnn": backends.mkldnn.matmul}
+        return ", ".join(f"{name} {place.fp32_precision}" for name, place in places.items())
 
 
 @lru_cache(maxsize=1)
@@ -55,7 +68,7 @@ def provenance(
         "device": device,
         "batch_size": batch_size,
         "local": str(local_dtype).removeprefix("torch.") if local else None,
-        "precision": torch.get_float32_matmul_precision(),
+        "precision": product_precision(),
         "versions": _versions(),
         "root": images.root,
         "layout": images.layout,

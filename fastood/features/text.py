@@ -16,6 +16,7 @@ from torch import Tensor
 from fastood._version import __version__
 from fastood.data.prompts import check_class_names, fill, resolve_templates
 from fastood.errors import ModelError
+from fastood.features.conditions import product_precision
 from fastood.models.base import Encoder
 
 __all__ = [
@@ -202,7 +203,7 @@ def _key(encoder: Encoder, kind: str, digest: str) -> str:
         digest,
         str(encoder.dtype),
         encoder.device.type,
-        torch.get_float32_matmul_precision(),
+        product_precision(),
         torch.__version__,
         __version__,
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -285,3 +287,17 @@ def test_preprocess_with_changing_shapes(tmp_path: Path, encoder: ToyEncoder) ->
     encoder.preprocess = lambda image: torch.zeros(3, *image.size)
     with pytest.raises(ModelError, match="same shape"):
         encode_images(encoder, load_images(tmp_path / "set"))
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch below 2.9")
+def test_programs_with_newer_precision_settings_are_understood():
+    """In a process of its own: torch's older and newer settings must not be mixed in one."""
+    code = (
+        "import torch\n"
+        "from fastood.features.conditions import product_precision\n"
+        "print(product_precision())\n"
+        "torch.backends.fp32_precision = 'tf32'\n"
+        "print(product_precision())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["highest", "cuda tf32, mkldnn tf32"]
