@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastood.errors import DataError
 
-__all__ = ["replacing", "write_text"]
+__all__ = ["claim", "replacing", "write_text"]
 
 
 @contextmanager
@@ -63,3 +63,28 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
         except OSError as error:  # of a full disk it does not say which file
             raise DataError(f"{target}: cannot be written ({error.strerror or error})") from error
     return target
+
+
+def claim(folder: str | os.PathLike[str]) -> int | None:
+    """Take a folder for this process: a handle to close (``os.close``) when done with it.
+
+    None where there are no locks (Windows, some network file systems). A process that ends or is
+    killed gives its folders back.
+
+    Raises:
+        BlockingIOError: another process, or this one, has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        os.close(handle)
+        return None
+    return handle

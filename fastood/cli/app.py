@@ -91,7 +91,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         except _USAGE as error:
             return _usage(error)
         except (KeyboardInterrupt, typer.Abort):
-            kept = "; what was encoded is kept, the same command continues from there"
+            kept = "; what was computed is kept, the same command continues from there"
             show.error("interrupted" + ("" if "--no-cache" in words else kept))
             return _INTERRUPTED
         except typer.Exit as done:

@@ -182,7 +182,7 @@ def search(
         "model": {"name": encoder.name, "fingerprint": encoder.fingerprint},
         "plan": plan.describe(),
         "part": part,
-        "seed": seed,
+        "seed": seed if part == "random" else 0,  # of nothing else here
         "objective": objective.describe(),
         "partition": {"kind": partition, "batches": batches},
         "prompts": [list(row) for row in prompts],
@@ -215,28 +215,30 @@ def search(
     try:
         walk = Walk(plan, objective, table, evaluating, progress)
         walk.run()
+        notes = _notes(walk, evaluator)
+        source = found.source if weight is None and top_k is None else "given"
+        of_search = {k: settings[k] for k in ("plan", "objective", "partition", "class_names")}
+        recipe = Recipe.of(
+            encoder,
+            walk.picks,
+            part=part,
+            seed=seed,
+            search={
+                **of_search,
+                "images": {"name": images.name, **settings["images"]},
+                "templates": list(resolve_templates(templates)) if prompts else [],
+                "settings_from": source,
+                "baseline": walk.baseline.as_dict(),
+                "final": walk.best.as_dict(),
+                "evaluations": len(table.rows),
+                "notes": list(notes),
+            },
+        )
+        file = None if folder is None else recipe.write(folder / RECIPE)
+        return Found(recipe, walk.baseline, walk.best, table.rows, file, notes)
     finally:
         data.close()
-    notes = _notes(walk, evaluator)
-    source = found.source if weight is None and top_k is None else "given"
-    recipe = Recipe.of(
-        encoder,
-        walk.picks,
-        part=part,
-        seed=seed,
-        search={
-            **{k: v for k, v in settings.items() if k not in ("model", "part", "seed", "prompts")},
-            "images": {"name": images.name, **settings["images"]},
-            "templates": list(resolve_templates(templates)) if prompts else [],
-            "settings_from": source,
-            "baseline": walk.baseline.as_dict(),
-            "final": walk.best.as_dict(),
-            "evaluations": len(table.rows),
-            "notes": list(notes),
-        },
-    )
-    file = None if folder is None else recipe.write(folder / RECIPE)
-    return Found(recipe, walk.baseline, walk.best, table.rows, file, notes)
+        table.close()
 
 
 def _check_types(encoder: Any, images: Any, class_names: Any) -> None:

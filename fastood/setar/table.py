@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastood._version import __version__
-from fastood.atomic import write_text
+from fastood.atomic import claim, write_text
 from fastood.data.paths import path_text
 from fastood.differences import differences
 from fastood.errors import DataError
@@ -101,8 +101,35 @@ class Table:
         head = {"format": _FORMAT, "version": _VERSION, "fastood": __version__}
         self._content = json.loads(json.dumps({**head, "settings": dict(settings)}))
         self._begun = folder is None
+        self._claim: int | None = None
         if folder is None:
             return
+        if folder.is_dir():
+            self._take(folder)
+        try:
+            self._open(folder, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leave the folder to other searches."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
+    def _take(self, folder: Path) -> None:
+        try:
+            self._claim = claim(folder)
+        except BlockingIOError:
+            raise DataError(
+                f"{path_text(folder)}: another search is running there; wait for it, or choose "
+                "another folder"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{path_text(folder)}: {error.strerror or error}") from error
+
+    def _open(self, folder: Path, overwrite: bool) -> None:
         state, file = folder / SETTINGS, folder / CANDIDATES
         if overwrite and any((folder / n).exists() for n in (SETTINGS, CANDIDATES, RECIPE)):
             return
@@ -167,6 +194,8 @@ class Table:
             raise DataError(f"{path_text(folder)}: {error.strerror or error}") from error
         text = json.dumps(self._content, indent=1, ensure_ascii=False)
         write_text(folder / SETTINGS, text + "\n")
+        if self._claim is None:
+            self._take(folder)
         write_text(folder / CANDIDATES, ",".join(self._columns) + "\n")
         self._begun = True
 

@@ -102,7 +102,7 @@ def test_ctrl_c_is_130_with_a_hint_and_the_next_run_continues(pictures, undistur
     words = command(pictures, tmp_path / "out", tmp_path / "cache")
     code, err = stopped(words, tmp_path / "cache", signal.SIGINT)
     assert code == 130, err
-    assert "error: interrupted; what was encoded is kept, the same command continues" in err
+    assert "error: interrupted; what was computed is kept, the same command continues" in err
     assert "Traceback" not in err and not (tmp_path / "out").exists()
     done = subprocess.run([*words, "--json", "-q"], capture_output=True, check=True)
     results = strict_json(done.stdout.decode())

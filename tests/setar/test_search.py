@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -377,6 +378,34 @@ def test_images_are_known_by_content(images, tmp_path):
     first.write_bytes(other.read_bytes())
     with pytest.raises(DataError, match=r"another search.*images\.digest"):
         search(encoder, load_images(tmp_path / "moved"), out=out, order="text", **OPTIONS)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks")
+def test_two_searches_do_not_share_a_folder(images, tmp_path):
+    """Rows of both would stand in one table."""
+    encoder = encoder_of()
+    options = {"order": "text", "out": tmp_path / "out", **OPTIONS}
+    seen = []
+
+    def meanwhile(_) -> None:
+        if not seen:
+            with pytest.raises(DataError, match="another search is running there"):
+                search(encoder, images, **options)
+            seen.append(True)
+
+    found = search(encoder, images, progress=meanwhile, **options)
+    assert seen
+    assert search(encoder, images, **options).recipe == found.recipe  # it is free again
+
+
+def test_the_seed_is_part_of_a_search_only_where_something_is_drawn(images, tmp_path):
+    encoder = encoder_of()
+    options = {"order": "text", "out": tmp_path, **OPTIONS}
+    search(encoder, images, seed=1, **options)
+    search(encoder, images, seed=2, **options)
+    search(encoder, images, seed=1, part="random", **{**options, "out": tmp_path / "r"})
+    with pytest.raises(DataError, match=r"another search.*seed"):
+        search(encoder, images, seed=2, part="random", **{**options, "out": tmp_path / "r"})
 
 
 def test_progress_ends_at_the_whole_and_never_goes_back(images):
