@@ -329,7 +329,7 @@ def report(whole: dict[str, Any], text: dict[str, Any]) -> str:
             f"Of fastood's seconds {sum(spent['image'].seconds):,.0f} are the image phase, "
             f"{sum(spent['text'].seconds):,.1f} the text phase. Losses agree to "
             f"{whole['worst']:.0e}; {whole['picks']} of {len(plan.matrices)} matrices changed. "
-            f"In the image phase every {memory['every']}-th block's input was kept. "
+            f"Kept in the image phase: inputs of {kept(memory['every'])}. "
             "Decompositions are in the seconds of both, not in the multiply-adds.",
             "",
             f"## Text phase alone, {FULL:,} images, {FULL:,} classes",
@@ -345,6 +345,10 @@ def report(whole: dict[str, Any], text: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def kept(every: int) -> str:
+    return {0: "no block", 1: "every block"}.get(every, f"one block in {every}")
 
 
 def describe_line() -> str:
