@@ -20,6 +20,7 @@ float32 products are taken in float32, never in TF32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -358,23 +359,25 @@ class Evaluator:
         self._say()
 
     def _say(self) -> None:
+        """Tell a user, once and before the work, what too little memory will cost."""
         every, depth = self._prefix.every, self._image.depth
+        if every == 1 or (self._keeps_features and not self._plan.mixed):
+            return
         room, need = size_text(self._budget), size_text(self._input_bytes[0])
-        if self._phase == "image" or self._plan.mixed:
-            if not every:
-                line = (
-                    f"memory: {room} do not hold what enters one block ({need}); images are "
-                    "decoded and run again at every visit"
-                )
-            elif every > 1:
-                line = (
-                    f"memory: {room} hold what enters every {every}th of {depth} blocks "
-                    f"({need} each); the blocks between are run once more at every visit"
-                )
-            else:
-                return
-            if line not in self.notes:
-                self.notes.append(line)
+        if every:
+            held = len(range(0, depth, every))
+            line = (
+                f"memory: {room} hold the inputs of {held} of {depth} blocks ({need} each); the "
+                "blocks between are run once more at every visit"
+            )
+        else:
+            line = (
+                f"memory: {room} do not hold what enters one block ({need}); images are decoded "
+                "and run again at every visit"
+            )
+        if line not in self.notes:
+            self.notes.append(line)
+            warnings.warn(line, RuntimeWarning, stacklevel=2)
 
 
 def _report(done: Callable[[float], None] | None, units: float) -> None:

@@ -225,11 +225,17 @@ def test_half_precision_is_refused():
         evaluator(encoder, plan)
 
 
-def test_too_little_memory_is_said():
+def test_too_little_memory_is_said_before_the_work():
     encoder = deep_encoder()
-    plan = make_plan(encoder.model)
-    assert "decoded and run again" in evaluator(encoder, plan, memory=0).notes[0]
-    assert not evaluator(encoder, plan).notes
+    for order in ("image_text", "text", "single"):
+        plan = make_plan(encoder.model, order=order)
+        with pytest.warns(RuntimeWarning, match="decoded and run again"):
+            found = evaluator(encoder, plan, memory=0)
+        assert "decoded and run again" in found.notes[0]
+        assert not evaluator(encoder, plan).notes
+    need = evaluator(encoder, plan).describe()["input_bytes"][0]
+    with pytest.warns(RuntimeWarning, match="hold the inputs of 2 of 5 blocks"):
+        evaluator(encoder, make_plan(encoder.model), memory=2 * need)
 
 
 _EXACT = """
