@@ -136,7 +136,7 @@ def search(
         >>> from fastood.setar.plan import make_plan
         >>> plan = make_plan(load_model("fastood-tiny").model)
         >>> plan.visits, plan.evaluations
-        (6, 48)
+        (9, 72)
     """
     _check_types(encoder, images, class_names)
     check_part(part, seed)
