@@ -167,7 +167,9 @@ def test_candidates_of_the_last_block(made, name, part):
         image, local = plain(kind, changed(enc, matrix, basis.drop(count, part=part)))
         close(found.image, image)
         close(found.local, local)
-        assert torch.equal(found.local, own.local) == (name in ("q", "k"))
+        # two calls may round otherwise; what a weight does is far larger
+        gap = float((found.local - own.local).abs().max())
+        assert (gap < 1e-9) == (name in ("q", "k"))
         seen += 1
     assert seen == len(COUNTS)
 
