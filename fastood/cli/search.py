@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from fastood.cli import inputs, labelled, show
+from fastood.cli import adapting, inputs, labelled, show
 from fastood.cli import options as o
 
 if TYPE_CHECKING:
@@ -182,7 +181,6 @@ def setar(
     from fastood.setar.plan import RATIOS
     from fastood.setar.run import Partition, search
     from fastood.setar.table import CANDIDATES
-    from fastood.tuning.adaptation import adapt as put_on
     from fastood.tuning.fewshot import few_shot
 
     count = labelled.read_shots(shots)
@@ -203,14 +201,7 @@ def setar(
         dtype="float32",
         allow_pickle=allow_pickle,
     )
-    if adapt:
-        found = put_on(encoder, adapt)
-        if found.head is not None:
-            raise ValueError(
-                f"--adapt {adapt[-1]}: expected files that change towers, got one with classes of "
-                "its own"
-            )
-        encoder = found.encoder
+    encoder = adapting.changed(encoder, adapt)
     with _bar(quiet=quiet) as progress:
         done = search(
             encoder,
@@ -259,13 +250,13 @@ def setar(
     show.line(f"recipe: {done.file}")
     show.line(f"candidates: {out / CANDIDATES}")
     show.line(f"report: {page}")
-    words = ["--model", model]
-    for option, value in (("pretrained", pretrained), ("checkpoint", checkpoint)):
-        words += [] if value is None else [f"--{option}", value]
-    words += ["--allow-pickle"] * allow_pickle
-    for file in (*(adapt or ()), done.file):
-        words += ["--adapt", str(file)]
-    show.line(f"use it: fastood eval {shlex.join(words)} --id ... --ood ...")
+    adapting.say_how_to_use(
+        [*(adapt or ()), done.file],
+        model=model,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        allow_pickle=allow_pickle,
+    )
 
 
 def _print(done: Found) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from fastood.cli import inputs, labelled, show
+from fastood.cli import adapting, inputs, labelled, show
 from fastood.cli import options as o
 
 if TYPE_CHECKING:
@@ -112,7 +111,6 @@ def train(
     from fastood.models import load_model
     from fastood.pipeline.asked import check_given, recipe_of
     from fastood.pipeline.finetune import ADAPTATION, fine_tune
-    from fastood.tuning.adaptation import adapt as put_on
     from fastood.tuning.loop import CHECKPOINT
     from fastood.tuning.parallel import World
     from fastood.tuning.registry import method_class
@@ -140,14 +138,7 @@ def train(
         dtype=dtype,
         allow_pickle=allow_pickle,
     )
-    if adapt:
-        found = put_on(encoder, adapt)
-        if found.head is not None:
-            raise ValueError(
-                f"--adapt {adapt[-1]}: expected files that change towers, got one with classes of "
-                "its own; nothing can be trained on top of it"
-            )
-        encoder = found.encoder
+    encoder = adapting.changed(encoder, adapt)
     first = world.rank == 0
     if overwrite and first:  # now that the model is there
         for old in (CHECKPOINT, ADAPTATION):
@@ -187,14 +178,14 @@ def train(
     for line in done.history.notes:
         warnings.warn(line, RuntimeWarning, stacklevel=1)  # shown once, also if it was before
     show.line(f"adaptation: {done.file}")
-    words = ["--model", model]
-    for option, value in (("pretrained", pretrained), ("checkpoint", checkpoint)):
-        words += [] if value is None else [f"--{option}", value]
-    words += ["--allow-pickle"] * allow_pickle
-    words += [] if dtype == "float32" else ["--dtype", dtype]
-    for file in (*(adapt or ()), done.file):
-        words += ["--adapt", str(file)]
-    show.line(f"use it: fastood eval {shlex.join(words)} --id ... --ood ...")
+    adapting.say_how_to_use(
+        [*(adapt or ()), done.file],
+        model=model,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        allow_pickle=allow_pickle,
+        dtype=dtype,
+    )
 
 
 def _method(text: str) -> tuple[str, dict[str, Any]]:
