@@ -1,14 +1,16 @@
-"""Encoders with weights of their own, for whoever changes weights."""
+"""Networks of encoders, and encoders with weights of their own, for whoever changes weights."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+from torch import nn
+
 from fastood.errors import ModelError
 from fastood.models.base import Encoder
 
-__all__ = ["copy_encoder"]
+__all__ = ["copy_encoder", "network_of"]
 
 
 def copy_encoder(encoder: Encoder, *, name: str | None = None) -> Encoder:
@@ -42,3 +44,18 @@ def copy_encoder(encoder: Encoder, *, name: str | None = None) -> Encoder:
         f"{encoder.name}: LoRA and SeTAR change open_clip and Hugging Face CLIPs, SeTAR also "
         f"classifiers of timm and Hugging Face; got a {type(encoder).__name__}"
     )
+
+
+def network_of(encoder: Encoder) -> nn.Module:
+    """The network of an encoder.
+
+    Raises:
+        ModelError: if it shows none.
+    """
+    found = getattr(encoder, "model", None)
+    if not isinstance(found, nn.Module):
+        raise ModelError(
+            f"{encoder.name}: expected a model whose weights can be changed, got a "
+            f"{type(encoder).__name__}"
+        )
+    return found

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastood.models.base import Encoder
-from fastood.models.copies import copy_encoder
+from fastood.models.copies import copy_encoder, network_of
 from fastood.models.matrices import Matrix
 from fastood.room import size_text
 from fastood.scores.inputs import unit_rows
@@ -170,7 +170,7 @@ class Evaluator:
         with exact():
             basis, _ = self._tails_of(matrix, (candidate.count,), known=True)
             new = basis.drop(candidate.count, part=self._part, seed=self._seed)
-            matrix.weight(self._model).copy_(new)
+            matrix.weight(network_of(self.encoder)).copy_(new)
         self._tails.pop(matrix.address, None)
         if matrix.tower == "text":
             self._bank = None
@@ -290,10 +290,6 @@ class Evaluator:
 
     # ---------------------------------------------------------------- matrices and memory
 
-    @property
-    def _model(self) -> Any:
-        return self.encoder.model  # type: ignore[attr-defined]
-
     def _tails_of(
         self, matrix: Matrix, counts: tuple[int, ...], *, known: bool = False
     ) -> tuple[LowRankBasis, Tails]:
@@ -303,7 +299,7 @@ class Evaluator:
             return found
         if not self._plan.revisits:
             self._tails.clear()
-        basis = LowRankBasis(matrix.weight(self._model))
+        basis = LowRankBasis(matrix.weight(network_of(self.encoder)))
         make = partial(Tails.of, basis, counts, part=self._part, seed=self._seed)
         tails = make(dtype=self.encoder.dtype, device=self.encoder.device)
         self._tails[matrix.address] = basis, tails

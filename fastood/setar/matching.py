@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastood.errors import ModelError
+from fastood.models.copies import network_of
 from fastood.models.matrices import Matrix, list_matrices, swin_layers
 from fastood.setar.lowrank import LowRankBasis
 from fastood.setar.picks import Pick
@@ -16,7 +17,7 @@ from fastood.setar.picks import Pick
 if TYPE_CHECKING:
     from fastood.models.base import Encoder
 
-__all__ = ["basis_of", "describe", "match", "network_of"]
+__all__ = ["basis_of", "describe", "match"]
 
 
 def match(
@@ -52,21 +53,6 @@ def match(
     addresses = [matrix.address for _, matrix in found]
     if len(set(addresses)) < len(addresses):
         raise ValueError("picks: expected each matrix once, got a block by both of its names")
-    return found
-
-
-def network_of(encoder: Encoder) -> nn.Module:
-    """The network of an encoder.
-
-    Raises:
-        ModelError: if it shows none.
-    """
-    found = getattr(encoder, "model", None)
-    if not isinstance(found, nn.Module):
-        raise ModelError(
-            f"{encoder.name}: expected a model whose weights can be changed, got a "
-            f"{type(encoder).__name__}"
-        )
     return found
 
 

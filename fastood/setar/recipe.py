@@ -27,11 +27,12 @@ import torch
 from fastood._version import __version__
 from fastood.atomic import write_text
 from fastood.errors import DataError
+from fastood.models.copies import copy_encoder, network_of
 from fastood.models.matrices import Matrix
 from fastood.scores.inputs import check_count
 from fastood.setar.factored import factor
 from fastood.setar.lowrank import Part
-from fastood.setar.matching import basis_of, describe, match, network_of
+from fastood.setar.matching import basis_of, describe, match
 from fastood.setar.picks import Pick, as_pick
 
 if TYPE_CHECKING:
@@ -281,8 +282,6 @@ class Recipe:
         Warns:
             RuntimeWarning: the same architecture with other weights than the recipe was found on.
         """
-        from fastood.models.copies import copy_encoder
-
         found = self.matched(encoder)
         self.warn_of_other_weights(encoder)
         changed = copy_encoder(encoder, name=f"{encoder.name} + setar")

@@ -21,12 +21,12 @@ from fastood.data.prompts import check_class_names, clean_name, fill, resolve_te
 from fastood.errors import DataError, ModelError
 from fastood.models.base import Encoder
 from fastood.models.classifier import class_order
+from fastood.models.copies import network_of
 from fastood.models.matrices import list_matrices
 from fastood.scores.inputs import check_count
 from fastood.setar.authors import backbone_of, published
 from fastood.setar.evaluate import Evaluator
 from fastood.setar.lowrank import Part, check_part
-from fastood.setar.matching import network_of
 from fastood.setar.objective import Objective, Value
 from fastood.setar.plan import RATIOS, make_plan
 from fastood.setar.recipe import Recipe

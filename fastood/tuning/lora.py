@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastood.models.base import Encoder
+from fastood.models.copies import network_of
 from fastood.models.matrices import Matrix, find
 from fastood.scores.inputs import check_count, check_scalar
 from fastood.tuning.low_rank_method import (
     LowRankMethod,
     check_patches,
     loss_settings,
-    network_of,
 )
 from fastood.tuning.recipes import RECIPES, Recipe
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastood.errors import ModelError
 from fastood.models.base import Encoder, ImageFeatures
 from fastood.models.classifier import ClassifierEncoder, class_order
-from fastood.models.copies import copy_encoder
+from fastood.models.copies import copy_encoder, network_of
 from fastood.models.matrices import Matrix
 from fastood.prompts.encoder import PromptEncoder
 from fastood.prompts.layout import fixed
@@ -249,11 +249,6 @@ def loss_settings(
         "templates": templates if isinstance(templates, str) else list(templates),
         "chunk": None if chunk is None else check_count("chunk", chunk, 1, None),
     }
-
-
-def network_of(encoder: Encoder) -> nn.Module:
-    found: nn.Module = encoder.model  # type: ignore[attr-defined]
-    return found
 
 
 def key_of(matrix: Matrix) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastood.errors import ModelError
 from fastood.models.base import Encoder
+from fastood.models.copies import network_of
 from fastood.models.matrices import Matrix, find, list_matrices
 from fastood.setar.authors import backbone_of, published
 from fastood.setar.lowrank import Part
@@ -24,7 +25,6 @@ from fastood.tuning.low_rank_method import (
     check_patches,
     key_of,
     loss_settings,
-    network_of,
 )
 from fastood.tuning.recipes import RECIPES, Recipe
 
