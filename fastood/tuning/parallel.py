@@ -7,6 +7,7 @@ whole batch.
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ class World:
         """The processes that ``torchrun`` started; alone if it started none.
 
         Joins the default process group if that has not happened yet: with ``nccl`` on GPUs (each
-        process takes the GPU of its ``LOCAL_RANK``), else with ``gloo``.
+        process takes the GPU of its ``LOCAL_RANK``), else with ``gloo``, which is left again when
+        the process ends.
 
         Raises:
             ValueError: if only some of torchrun's variables are set, or WORLD_SIZE > 1 and this
@@ -78,6 +80,8 @@ class World:
         if backend == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend)
+        if dist.get_backend() == "gloo":
+            atexit.register(_leave)
         return cls(dist.get_rank(), dist.get_world_size())
 
     def part(self, n: int) -> slice:
@@ -158,6 +162,17 @@ def _share(n: int, rank: int, size: int) -> slice:
     base, extra = divmod(n, size)
     start = rank * base + min(rank, extra)
     return slice(start, start + base + (rank < extra))
+
+
+def _leave() -> None:
+    """Ends gloo's threads while Python still runs.
+
+    One that lets go of a tensor while the interpreter shuts down aborts the process, results
+    written or not (pytorch/pytorch#179291). NCCL has no such threads, and ending it waits for
+    processes that may have failed.
+    """
+    if _distributed().is_initialized():
+        _distributed().destroy_process_group()
 
 
 def _distributed() -> Any:

@@ -48,6 +48,24 @@ def test_gathered_rows_and_their_gradient_in_two_processes(tmp_path):
     assert launch(GATHER, tmp_path) == ["fine\n"] * 2
 
 
+LEAVE = """
+import atexit
+import torch, torch.distributed as dist
+from fastood.tuning.parallel import World
+
+atexit.register(lambda: print("joined" if dist.is_initialized() else "left"))  # runs last
+World.from_environment().sum(torch.ones(1))
+if {destroy}:
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("destroy", [False, True])
+def test_a_process_leaves_its_group_before_python_ends(tmp_path, destroy):
+    # Or gloo's threads may abort it: "terminate called without an active exception".
+    assert launch(LEAVE.format(destroy=destroy), tmp_path) == ["left\n"] * 2
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("n", [0, 1, 2, 6, 13])
 def test_shares_are_consecutive_complete_and_even(size, n):
