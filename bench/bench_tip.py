@@ -111,8 +111,8 @@ def grid(shape: Shape) -> Work:
         tolerance={"fastood": (0.0, 0.0), "": (0.0, 1 + b / 500)},
         goals={
             "fastood": (
-                Goal("speedup", 150 / 200, 400 / 200, PUBLISHED),
-                Goal("speedup", 10 / 10, 20 / 10, ONCE),
+                Goal("speedup", 150, 400, PUBLISHED, parts=200),
+                Goal("speedup", 10, 20, ONCE, parts=10),
             )
         },
     )

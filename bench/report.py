@@ -35,7 +35,8 @@ the faster of `torch.mm` and oneDNN's linear with reordered classes, on the same
 the same rounds; in brackets the quartiles of the ratio within a round. Metrics are compared with
 scikit-learn where eager is meant.
 *Limit*: the arithmetic and bytes of the work at the two rates above (at the bare product's if that
-was faster, at those of one thread where the work says so); a kernel with a faster unit than the
+was faster, at those of one thread where the work says so), for its part of the work where it is
+given one; a kernel with a faster unit than the
 libraries' float32 product can pass it. *Peak*: how far the high-water mark of a fresh process
 rises. *Error* and *distinct*: against float64; of gradients and of several scores relative to the
 largest number of each."""
@@ -161,11 +162,11 @@ def _faster(row: Row) -> str:
 
 def _goal(goal: dict[str, Any]) -> str:
     value, least, aim, against = (goal[k] for k in ("value", "least", "aim", "against"))
-    at_most = goal["kind"] != "speedup"
+    at_most, parts = goal["kind"] != "speedup", goal.get("parts", 1)
     sign = "≤" if at_most else "≥"
     what = {
         "slowdown": f"÷ {against}",
-        "speedup": f"× {against}",
+        "speedup": f"× {against}" + (f", {parts} times" if parts > 1 else ""),
         "extra us": f"µs over {against}",
         "peak MiB": "MiB",
     }[goal["kind"]]

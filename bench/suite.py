@@ -30,13 +30,15 @@ class Goal:
 
     ``slowdown``: time over that of ``against``, at most. ``speedup``: time of ``against`` over its
     own, at least. ``extra us``: microseconds above ``against``, at most. ``peak MiB``: memory, at
-    most. ``against="G*"`` is the bare product.
+    most. ``against="G*"`` is the bare product. ``parts``: how many times ``against`` would have to
+    run for the whole work, where it was given one part of many to do.
     """
 
     kind: Literal["slowdown", "speedup", "extra us", "peak MiB"]
     least: float
     aim: float | None = None
     against: str = "G*"
+    parts: int = 1
 
 
 @dataclass
@@ -174,6 +176,8 @@ def record(measured: Measured, name: str, peak_mib: float | None) -> dict[str, A
         z, t = work.product
         peak = max(peak, 2.0 * z.numel() * len(t) / bare.best)
     limit = max(work.flops / peak, work.moved / stream)
+    goals = [goal for several in work.goals.values() for goal in several]
+    limit /= max((goal.parts for goal in goals if goal.against == name), default=1)
     found: dict[str, Any] = {
         "work": work.name,
         "impl": name,
@@ -213,7 +217,7 @@ def _judged(goal: Goal, measured: Measured, own: Timing, peak_mib: float | None)
         if goal.kind == "slowdown":
             value = own.median / against.median
         elif goal.kind == "speedup":
-            value = against.median / own.median
+            value = goal.parts * against.median / own.median
         elif goal.kind == "extra us":
             value = (own.median - against.median) * 1e6
     return {
@@ -221,5 +225,6 @@ def _judged(goal: Goal, measured: Measured, own: Timing, peak_mib: float | None)
         "least": goal.least,
         "aim": goal.aim,
         "against": goal.against,
+        "parts": goal.parts,
         "value": value,
     }
