@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastood.models.matrices import list_matrices, swin_layers
+from fastood.setar.authors import backbone_of, published_training
 from fastood.tuning.low_rank_method import LowRankMethod
 from fastood.tuning.method import Method, check_settings
-from fastood.tuning.recipes import Recipe, epochs_of_coop, setar_batch
+from fastood.tuning.recipes import Recipe, epochs_of_coop
 from fastood.tuning.setar_ft import SeTARFT, read_picks
 
 if TYPE_CHECKING:
@@ -63,5 +63,4 @@ def sizes_of(kind: type[Method], encoder: Encoder) -> dict[str, int]:
     network = getattr(encoder, "model", None)
     if not issubclass(kind, LowRankMethod) or not isinstance(network, nn.Module):
         return {}
-    ups = [m for m in list_matrices(network) if (m.tower, m.kind) == ("image", "up")]
-    return {"batch_size": setar_batch(len(ups), swin=bool(swin_layers(network)))}
+    return {"batch_size": published_training(backbone_of(network)).batch}

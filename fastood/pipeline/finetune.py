@@ -102,7 +102,7 @@ def fine_tune(
             and Tip-Adapter's alpha and beta are chosen on them. Never the test set.
         select: parameters of the last epoch (as published), or of the best on ``validation``.
         recipe: changes to the authors' recipe (``epochs``, ``lr``, ``batch_size``, ...), which for
-            LoRA and SeTAR+FT has smaller batches for deep towers, see ``setar_batch``.
+            LoRA and SeTAR+FT has smaller batches for deep towers, see ``fastood.setar.authors``.
         views: 0 augments freshly in every epoch, which runs the image tower in every step; V > 0
             encodes V views once and takes them in turn (V >= 2 augmented), an approximation. One
             view is the picture as it is. Features are what they are.

@@ -1,4 +1,4 @@
-"""The authors' settings of a search, by backbone and ID set.
+"""The authors' settings by backbone: of a search, also by ID set, and of training.
 
 Source: arXiv 2406.12629, appendix on hyper-parameters, and the configurations of X1AOX1A/SeTAR.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
+from fastood.models.matrices import list_matrices, swin_layers
 from fastood.scores.inputs import check_count
 
-__all__ = ["ID_SETS", "Published", "backbone_of", "published"]
+__all__ = ["ID_SETS", "Published", "Training", "backbone_of", "published", "published_training"]
 
 ID_SETS = {"imagenet": 1000, "voc": 14}
 """ID sets with published settings, and their numbers of classes."""
@@ -32,6 +35,19 @@ class Published:
     source: str
 
 
+@dataclass(frozen=True)
+class Training:
+    """What differs between backbones in SeTAR+FT and its LoRA baseline.
+
+    Attributes:
+        batch: images per step.
+        rank: of LoRA.
+    """
+
+    batch: int
+    rank: int
+
+
 _TABLE: dict[tuple[str, str], tuple[float, int]] = {
     ("base", "imagenet"): (0.10, 300),
     ("base", "voc"): (0.05, 4),
@@ -39,15 +55,30 @@ _TABLE: dict[tuple[str, str], tuple[float, int]] = {
     ("large", "voc"): (0.30, 6),
     ("swin", "imagenet"): (0.01, 700),
 }
+_TRAINING = {"base": Training(100, 32), "large": Training(20, 64), "swin": Training(50, 112)}
 _BATCH = {"base": 512, "large": 512, "swin": 384}
 _NAMES = {"base": "CLIP ViT-B/16", "large": "CLIP ViT-L/14", "swin": "SwinV2-B"}
 
 
-def backbone_of(depth: int, *, unimodal: bool = False) -> str:
-    """``"base"``, ``"large"`` or ``"swin"``: whose settings a tower of ``depth`` blocks takes."""
-    if unimodal:
+def backbone_of(network: nn.Module) -> str:
+    """``"base"``, ``"large"`` or ``"swin"``: whose settings a network takes.
+
+    Image towers of more than 12 blocks take those of ViT-L/14.
+    """
+    if swin_layers(network):
         return "swin"
+    layers = [m.layer for m in list_matrices(network) if m.tower == "image"]
+    depth = 1 + max((layer for layer in layers if layer is not None), default=-1)
     return "large" if depth > 12 else "base"
+
+
+def published_training(backbone: str) -> Training:
+    """The sizes of a training run, for a backbone of ``backbone_of``.
+
+    >>> published_training("large")
+    Training(batch=20, rank=64)
+    """
+    return _TRAINING[backbone]
 
 
 def published(backbone: str, classes: int, id_set: str | None = None) -> Published:

@@ -22,7 +22,6 @@ from fastood.errors import DataError, ModelError
 from fastood.models.base import Encoder
 from fastood.models.classifier import class_order
 from fastood.models.copies import network_of
-from fastood.models.matrices import list_matrices
 from fastood.scores.inputs import check_count
 from fastood.setar.authors import backbone_of, published
 from fastood.setar.evaluate import Evaluator
@@ -167,7 +166,7 @@ def search(
         prompts = _prompts(encoder, names, templates)
     else:
         labels = torch.tensor(class_order(encoder, names))[labels]
-    found = published(backbone_of(_depth(model), unimodal=not prompts), len(names), id_set)
+    found = published(backbone_of(model), len(names), id_set)
     objective = Objective(
         metric,
         score,
@@ -254,11 +253,6 @@ def _check_types(encoder: Any, images: Any, class_names: Any) -> None:
         )
     if isinstance(class_names, str):
         raise TypeError(f"class_names: expected a list of names, got the text {class_names!r}")
-
-
-def _depth(model: torch.nn.Module) -> int:
-    layers = [m.layer for m in list_matrices(model) if m.tower == "image" and m.layer is not None]
-    return max(layers, default=-1) + 1
 
 
 def _prompts(

@@ -6,7 +6,7 @@ Source: arXiv 2106.09685; as a baseline of OOD detection arXiv 2406.12629 (SeTAR
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from fastood.models.base import Encoder
 from fastood.models.copies import network_of
 from fastood.models.matrices import Matrix, find
 from fastood.scores.inputs import check_count, check_scalar
+from fastood.setar.authors import backbone_of, published_training
 from fastood.tuning.low_rank_method import (
     LowRankMethod,
     check_patches,
@@ -32,18 +33,19 @@ class LoRA(LowRankMethod):
 
     Trained on pixels: ``adapted(encoder)`` is the encoder with merged weights, and any prompts,
     scores and adapters work with it. Texts are encoded anew in every step where the text tower is
-    adapted. The default is SeTAR's baseline: all ``up`` matrices of both towers, rank 32 (ViT-B/16;
-    64 for ViT-L/14), alpha 8 (inferred: the 16 of their configuration is never passed on).
+    adapted. The default is SeTAR's baseline: all ``up`` matrices of both towers, alpha 8 (inferred:
+    the 16 of their configuration is never passed on), and what was published for the backbone.
 
     Args:
-        kinds, towers, layers: which matrices, see ``fastood.models.matrices.find``.
-        rank: r.
+        kinds, towers, layers: which matrices, see ``fastood.models.matrices.find``; default: all
+            towers that the model has.
+        rank: r; default: 32, 64 for image towers of more than 12 blocks, 112 for Swin, or the full
+            rank of the smallest matrix if that is less.
         alpha: updates are scaled by alpha / r.
         loss: ``"locoop"``, cross-entropy + weight · mean over OOD patches of Σ_k p_k log(p_k +
             1e-5), as SeTAR trains; or ``"ce"``, cross-entropy alone.
-        weight: of the patch term; SeTAR's for ViT-B/16 on ImageNet.
-        top_k: rank of the label from which a patch is OOD; default round(.3 K), which is SeTAR's
-            300 of ImageNet's 1000 and 4 of Pascal-VOC's 14 classes.
+        weight, top_k: of the patch term, and the rank of the label from which a patch is OOD;
+            default: see ``fastood.setar.published``.
         templates: prompts of the classes; SeTAR's has no full stop.
         seed: of A, drawn uniformly as ``nn.Linear`` draws; B starts at 0.
         chunk: texts in a graph at a time; the others are run again in the backward pass. None
@@ -62,27 +64,33 @@ class LoRA(LowRankMethod):
         class_names: Sequence[str],
         *,
         kinds: Iterable[str] | str = ("up",),
-        towers: Iterable[str] | str = ("image", "text"),
+        towers: Iterable[str] | str | None = None,
         layers: Iterable[int] | int | None = None,
-        rank: int = 32,
+        rank: int | None = None,
         alpha: float = 8.0,
         loss: Literal["locoop", "ce"] = "locoop",
-        weight: float = 0.1,
+        weight: float | None = None,
         top_k: int | None = None,
         templates: str | Sequence[str] = "mcm",
         seed: int = 1,
         chunk: int | None = None,
     ) -> None:
         check_patches(self.name, encoder, class_names, loss)
-        rank = check_count("rank", rank, 1, None)
-        settings = {
+        both = ("image", "text") if encoder.head() is None else ("image",)
+        where = {
             "kinds": _listed(kinds),
-            "towers": _listed(towers),
+            "towers": _listed(both if towers is None else towers),
             "layers": [layers] if isinstance(layers, int) else layers and list(layers),
-            "rank": rank,
+        }
+        settings = {
+            **where,
+            "rank": _default_rank(encoder, where)
+            if rank is None
+            else check_count("rank", rank, 1, None),
             "alpha": check_scalar("alpha", alpha),
             "seed": check_count("seed", seed, 0, None),
             **loss_settings(
+                encoder,
                 len(class_names),
                 loss=loss,
                 weight=weight,
@@ -94,6 +102,7 @@ class LoRA(LowRankMethod):
         super().__init__(encoder, class_names, settings)
         generator = torch.Generator().manual_seed(seed)
         factors: dict[Matrix, tuple[Tensor, Tensor]] = {}
+        rank = settings["rank"]
         for matrix in self._find(network_of(self._student)):
             out, width = matrix.shape
             if rank > min(out, width):
@@ -113,6 +122,12 @@ class LoRA(LowRankMethod):
     def _find(self, model: nn.Module) -> tuple[Matrix, ...]:
         s = self._settings
         return find(model, towers=s["towers"], kinds=s["kinds"], layers=s["layers"])
+
+
+def _default_rank(encoder: Encoder, where: dict[str, Any]) -> int:
+    network = network_of(encoder)
+    full = min(min(matrix.shape) for matrix in find(network, **where))
+    return min(published_training(backbone_of(network)).rank, full)
 
 
 def _listed(value: Iterable[str] | str) -> list[str]:

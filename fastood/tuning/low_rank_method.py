@@ -22,6 +22,7 @@ from fastood.prompts.encoder import PromptEncoder
 from fastood.prompts.layout import fixed
 from fastood.prompts.tower import text_tower
 from fastood.scores.inputs import check_count, check_scalar, matmul_classes, unit_rows
+from fastood.setar.authors import backbone_of, published
 from fastood.tuning.augment import Augmentation
 from fastood.tuning.locoop import locoop_terms
 from fastood.tuning.lowrank import Factors, attach, merge
@@ -218,25 +219,26 @@ def check_patches(name: str, encoder: Encoder, class_names: Sequence[str], loss:
 
 
 def loss_settings(
+    encoder: Encoder,
     classes: int,
     *,
     loss: str,
-    weight: float,
+    weight: float | None,
     top_k: int | None,
     templates: str | Sequence[str],
     chunk: int | None,
 ) -> dict[str, Any]:
     """The settings of the loss and the prompts, checked, as JSON values.
 
-    ``top_k`` is by default round(.3 K), which is SeTAR's 300 of ImageNet's 1000 classes and 4 of
-    Pascal-VOC's 14.
+    ``weight`` and ``top_k`` are by default those published for the network.
 
     Raises:
         ValueError: numbers out of range.
     """
+    rule = published(backbone_of(network_of(encoder)), max(classes, 2))
     if loss == "locoop":
         if top_k is None:
-            top_k = min(max(1, round(0.3 * classes)), classes - 1)
+            top_k = rule.top_k
         elif isinstance(top_k, int) and top_k >= classes:
             raise ValueError(
                 f"top_k: expected below the {classes} classes, got {top_k}: no patch could be OOD"
@@ -244,7 +246,7 @@ def loss_settings(
         top_k = check_count("top_k", top_k, 1, classes - 1, high_name="K - 1 = ")
     return {
         "loss": loss,
-        "weight": check_scalar("weight", weight),
+        "weight": check_scalar("weight", rule.weight if weight is None else weight),
         "top_k": top_k,
         "templates": templates if isinstance(templates, str) else list(templates),
         "chunk": None if chunk is None else check_count("chunk", chunk, 1, None),

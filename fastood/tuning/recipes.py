@@ -18,7 +18,6 @@ __all__ = [
     "Recipe",
     "default_top_k",
     "epochs_of_coop",
-    "setar_batch",
 ]
 
 
@@ -138,7 +137,7 @@ RECIPES: dict[str, Recipe] = {
         per="step",
         warmup_epochs=0,
         source="SeTAR's LoRA baseline (arXiv 2406.12629 and X1AOX1A/SeTAR): batch 100 for "
-        "ViT-B/16, others see setar_batch",
+        "ViT-B/16, others see fastood.setar.authors",
     ),
     "setar-ft": Recipe(
         5,
@@ -147,24 +146,11 @@ RECIPES: dict[str, Recipe] = {
         0.01,
         per="step",
         warmup_epochs=0,
-        source="arXiv 2406.12629 and X1AOX1A/SeTAR: batch 100 for ViT-B/16, others see setar_batch",
+        source="arXiv 2406.12629 and X1AOX1A/SeTAR: batch 100 for ViT-B/16, others see "
+        "fastood.setar.authors",
     ),
 }
 """Recipe of each method of ``fastood.tuning.registry``."""
-
-
-def setar_batch(blocks: int, *, swin: bool = False) -> int:
-    """Images per step of SeTAR+FT and its LoRA baseline: 100 (ViT-B/16), 20 (ViT-L/14), 50 (Swin).
-
-    Args:
-        blocks: of the image tower; vision transformers of more than 12 take those of ViT-L/14.
-
-    >>> setar_batch(12), setar_batch(24), setar_batch(24, swin=True)
-    (100, 20, 50)
-    """
-    if swin:
-        return 50
-    return 20 if blocks > 12 else 100
 
 
 LOCOOP_TOP_K: Mapping[str, int] = {"imagenet": 200}

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from fastood.errors import ModelError
 from fastood.models.base import Encoder
 from fastood.models.copies import network_of
-from fastood.models.matrices import Matrix, find, list_matrices
-from fastood.setar.authors import backbone_of, published
+from fastood.models.matrices import Matrix, list_matrices
 from fastood.setar.lowrank import Part
 from fastood.setar.matching import basis_of
 from fastood.setar.recipe import Recipe as Picks
@@ -85,16 +84,16 @@ class SeTARFT(LowRankMethod):
         matched = [(pick, matrix) for pick, matrix in given.matched(encoder) if pick.count]
         given.warn_of_other_weights(encoder)
         searched = _objective(given, len(class_names))
-        rule = published(_backbone(encoder), max(len(class_names), 2))
         settings = {
             "picks": [[p.tower, p.kind, p.layer, p.ratio] for p, _ in matched],
             "part": given.part,
             "part_seed": given.seed,
             **loss_settings(
+                encoder,
                 len(class_names),
                 loss=loss,
-                weight=searched.get("weight", rule.weight) if weight is None else weight,
-                top_k=searched.get("top_k", rule.top_k) if top_k is None else top_k,
+                weight=searched.get("weight") if weight is None else weight,
+                top_k=searched.get("top_k") if top_k is None else top_k,
                 templates=templates,
                 chunk=chunk,
             ),
@@ -170,8 +169,3 @@ def _objective(recipe: Picks, classes: int) -> Mapping[str, Any]:
     if not isinstance(objective, Mapping) or not isinstance(names, list) or len(names) != classes:
         return {}
     return {name: objective[name] for name in ("weight", "top_k") if name in objective}
-
-
-def _backbone(encoder: Encoder) -> str:
-    depth = len(find(network_of(encoder), towers="image", kinds="up"))
-    return backbone_of(depth, unimodal=encoder.head() is not None)

@@ -306,6 +306,14 @@ def test_defaults_are_the_baseline():
     assert (recipe.epochs, recipe.batch_size, recipe.lr) == (5, 100, 0.01)
 
 
+def test_defaults_of_deep_and_of_narrow_towers():
+    deep = open_clip_encoder(image=tiny.vision(width=64, layers=13), text={"width": 64})
+    settings = LoRA(deep, [f"class {i}" for i in range(10)]).settings()
+    assert (settings["rank"], settings["weight"], settings["top_k"]) == (64, 0.5, 3)
+    narrow = LoRA(open_clip_encoder(image=tiny.vision(layers=13)), NAMES)
+    assert narrow.settings()["rank"] == min(min(m.shape) for m in narrow.matrices) == 32
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

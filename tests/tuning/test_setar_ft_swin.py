@@ -126,8 +126,10 @@ def test_published_settings():
 
 def test_lora_of_a_classifier():
     encoder = make("timm v1")
-    method = moved(LoRA(encoder, NAMES, towers="image", rank=4, loss="ce"))
+    method = moved(LoRA(encoder, NAMES, loss="ce"))
     assert len(method.matrices) == sum(swins.DEPTHS)
+    assert method.settings()["rank"] == min(112, *(min(m.shape) for m in method.matrices))
+    assert LoRA(encoder, NAMES, rank=4).settings()["weight"] == 0.01
     want = F.cross_entropy(logits_of(method.adapted(encoder))[0], LABELS)
     found = total_loss(method.terms(Batch(pixels(encoder), LABELS))[0])
     torch.testing.assert_close(found.detach(), want.detach(), rtol=1e-9, atol=1e-9)
