@@ -187,8 +187,8 @@ def setar(
     chosen = _numbers("--ratios", ratios) if ratios is not None else list(RATIOS)
     blocks = None if layers is None else _blocks(layers)
     budget = None if memory is None else _bytes(memory)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: expected a folder, got a file")
+    if out.suffix.lower() == ".json" or (out.exists() and not out.is_dir()):
+        raise ValueError(f"--out {out}: expected a folder, got a file; the recipe is a file in it")
     images, names, _ = labelled.read_training(id, None, classes, class_match, limit, count, seed)
     if not isinstance(images, ImageSet):
         raise ValueError(f"--id {id}: expected images, got features; SeTAR runs the image tower")

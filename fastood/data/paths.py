@@ -21,6 +21,7 @@ __all__ = [
     "is_hidden",
     "is_image_name",
     "path_text",
+    "refuse_folder",
     "unique_texts",
     "walk",
 ]
@@ -47,6 +48,23 @@ def path_text(path: str | os.PathLike[str]) -> str:
     """
     text = os.fsencode(path).decode("utf-8", "backslashreplace").replace(os.sep, "/")
     return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+
+
+def refuse_folder(path: str | os.PathLike[str], expected: str, inside: Sequence[str] = ()) -> None:
+    """Refuse a folder where a file is meant.
+
+    Args:
+        expected: what the file would be.
+        inside: names of such files; those that lie in the folder are proposed.
+    Raises:
+        DataError: ``path`` is a folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    there = [path_text(folder / name) for name in inside if (folder / name).is_file()]
+    hint = f"; did you mean {' or '.join(there)}?" if there else ""
+    raise DataError(f"{path_text(path)}: expected {expected}, got a folder{hint}")
 
 
 def byte_order(path: str) -> bytes:

@@ -146,7 +146,8 @@ def check_class_names(
         if not allow_duplicates:
             raise ValueError(
                 f"{what}; their prompts are identical and the classes cannot be told apart. "
-                f"Rename or merge them, or pass allow_duplicates=True to keep exact ties"
+                "Rename or merge them, or keep exact ties by allow_duplicates=True "
+                "(--allow-duplicates)"
             )
         found.append(f"{what}; these classes tie exactly")
     joined = [n for n in dict.fromkeys(names) if "_" in n]

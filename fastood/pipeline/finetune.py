@@ -32,7 +32,7 @@ from fastood.tuning.low_rank_method import SETAR_TRAIN, LowRankMethod
 from fastood.tuning.method import Method, setting_names
 from fastood.tuning.parallel import World
 from fastood.tuning.registry import method_class
-from fastood.tuning.state import read_header, save_method
+from fastood.tuning.state import ADAPTATION, read_header, save_method
 from fastood.tuning.tip import TipAdapter
 from fastood.tuning.views import FeatureData, FeatureViews, TrainingData
 
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from fastood.models.base import Encoder
 
 __all__ = ["ADAPTATION", "FineTuned", "fine_tune", "recipe_of", "with_classes"]
-
-ADAPTATION = "adaptation.safetensors"
 
 Given = ImageSet | FeatureSet
 

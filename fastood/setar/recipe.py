@@ -26,6 +26,7 @@ import torch
 
 from fastood._version import __version__
 from fastood.atomic import write_text
+from fastood.data.paths import refuse_folder
 from fastood.errors import DataError
 from fastood.models.copies import copy_encoder, network_of
 from fastood.models.matrices import Matrix
@@ -40,9 +41,11 @@ if TYPE_CHECKING:
 
     from fastood.models.base import Encoder
 
-__all__ = ["FORMAT", "VERSION", "Pick", "Recipe", "is_recipe"]
+__all__ = ["FORMAT", "RECIPE", "VERSION", "Pick", "Recipe", "is_recipe"]
 
 FORMAT, VERSION = "fastood-setar", 1
+RECIPE = "recipe.json"
+"""What a search calls its recipe."""
 
 _PARTS: dict[str, Part] = {"small": "minor", "large": "principal", "random": "random"}
 """The authors' names."""
@@ -335,6 +338,7 @@ def is_recipe(path: str | os.PathLike[str]) -> bool:
 
 
 def _load(path: str | os.PathLike[str]) -> Any:
+    refuse_folder(path, "a recipe", [RECIPE])
     shown = os.fspath(path)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")

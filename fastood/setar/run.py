@@ -28,8 +28,8 @@ from fastood.setar.evaluate import Evaluator
 from fastood.setar.lowrank import Part, check_part
 from fastood.setar.objective import Objective, Value
 from fastood.setar.plan import RATIOS, make_plan
-from fastood.setar.recipe import Recipe
-from fastood.setar.table import RECIPE, Row, Table
+from fastood.setar.recipe import RECIPE, Recipe
+from fastood.setar.table import Row, Table
 from fastood.setar.towers.base import check_precision
 from fastood.setar.walk import Progress, Walk
 from fastood.tuning.live import LiveImages

@@ -24,10 +24,12 @@ from fastood.data.paths import path_text
 from fastood.differences import differences
 from fastood.errors import DataError
 from fastood.setar.objective import Value
+from fastood.setar.recipe import RECIPE
 
-__all__ = ["CANDIDATES", "RECIPE", "SETTINGS", "Row", "Table"]
+__all__ = ["CANDIDATES", "SETTINGS", "Row", "Table"]
 
-CANDIDATES, SETTINGS, RECIPE = "candidates.csv", "search.json", "recipe.json"
+CANDIDATES, SETTINGS = "candidates.csv", "search.json"
+_REPORT = "report.html"
 _FORMAT, _VERSION = "fastood-setar-search", 1
 
 _KEY = ("visit", "matrix", "ratio", "count", "seconds")
@@ -188,7 +190,7 @@ class Table:
     def _begin(self, folder: Path) -> None:
         """Settings and an empty table, in the place of whatever search was there."""
         try:
-            for name in (RECIPE, CANDIDATES):  # in this order none is left of other settings
+            for name in (RECIPE, _REPORT, CANDIDATES):  # none is left of other settings
                 (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise DataError(f"{path_text(folder)}: {error.strerror or error}") from error

@@ -16,19 +16,30 @@ from torch import Tensor
 
 from fastood._version import __version__
 from fastood.atomic import replacing
+from fastood.data.paths import refuse_folder
 from fastood.errors import DataError, ModelError
-from fastood.setar.recipe import Recipe, is_recipe
+from fastood.setar.recipe import RECIPE, Recipe, is_recipe
 from fastood.tuning.registry import METHODS, method_class
 
 if TYPE_CHECKING:
     from fastood.models.base import Encoder
     from fastood.tuning.method import Method
 
-__all__ = ["FORMAT", "RECIPE", "VERSION", "Header", "load_method", "read_header", "save_method"]
+__all__ = [
+    "ADAPTATION",
+    "FORMAT",
+    "VERSION",
+    "Header",
+    "load_method",
+    "read_header",
+    "save_method",
+]
 
 FORMAT, VERSION = "fastood-adaptation", 1
+ADAPTATION = "adaptation.safetensors"
+"""What a training run calls its result."""
 
-RECIPE = "setar"
+_SETAR = "setar"
 """What a SeTAR recipe is called among methods; it has nothing trained."""
 
 _KEYS = ("format", "version", "method", "settings", "class_names", "encoder", "digest")
@@ -62,7 +73,7 @@ class Header:
     @property
     def has_head(self) -> bool:
         """Whether it scores its own classes; otherwise it changes towers, for any classes."""
-        return self.method != RECIPE and not method_class(self.method).changes_towers
+        return self.method != _SETAR and not method_class(self.method).changes_towers
 
     def summary(self) -> dict[str, Any]:
         """JSON values for provenance: everything but the names, of which the number."""
@@ -176,7 +187,7 @@ def load_method(
 
 def _of_recipe(recipe: Recipe) -> Header:
     return Header(
-        method=RECIPE,
+        method=_SETAR,
         settings={
             "picks": [[p.tower, p.kind, p.layer, p.ratio] for p in recipe.changes],
             "part": recipe.part,
@@ -194,6 +205,7 @@ def _of_recipe(recipe: Recipe) -> Header:
 def _read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
+    refuse_folder(path, "a saved method", [ADAPTATION, RECIPE])
     shown = os.fspath(path)
     try:
         with safe_open(shown, framework="pt", device="cpu") as file:

@@ -118,6 +118,7 @@ def test_images_without_classes_and_files_as_folders(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     assert "expected a folder" in failing(capsys, "--id", str(file), "--out", str(file))
+    assert "expected a folder" in failing(capsys, "--id", str(file), "--out", "recipe.json")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a SIGINT")

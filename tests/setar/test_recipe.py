@@ -14,10 +14,10 @@ from fastood.models import CallableEncoder
 from fastood.models.base import Encoder
 from fastood.models.matrices import Matrix, find, list_matrices
 from fastood.setar.picks import Pick, as_pick, stage_and_block
-from fastood.setar.recipe import FORMAT, Recipe, is_recipe
+from fastood.setar.recipe import FORMAT, RECIPE, Recipe, is_recipe
 from fastood.tuning.adaptation import adapt
 from fastood.tuning.lora import LoRA
-from fastood.tuning.state import read_header, save_method
+from fastood.tuning.state import ADAPTATION, read_header, save_method
 from tests.models import tiny
 from tests.tolerances import LOW_RANK64_RTOL
 from tests.tuning.towers import ENCODERS, NAMES, WORDS, moved, open_clip_encoder, pixels
@@ -318,6 +318,15 @@ def test_files_that_are_none(tmp_path):
         Recipe.read(tmp_path / "missing.json")
     with pytest.raises(DataError, match="found no such file"):
         adapt(open_clip_encoder(), [tmp_path / "missing.json"])
+    for read in (Recipe.read, lambda folder: adapt(open_clip_encoder(), [folder])):
+        with pytest.raises(DataError, match=r"got a folder$"):
+            read(tmp_path)
+    (tmp_path / RECIPE).touch()
+    with pytest.raises(DataError, match=r"a recipe, got a folder; did you mean .*/recipe\.json\?"):
+        Recipe.read(tmp_path)
+    (tmp_path / ADAPTATION).touch()
+    with pytest.raises(DataError, match=r"did you mean .*adaptation\.safetensors or .*recipe"):
+        adapt(open_clip_encoder(), [tmp_path])
     bad = tmp_path / "bad.json"
     for content in (b"", b"{", b"[NaN]", b"\xff\xfe{", b'{"lora_settings": 3}', b"[" * 100_000):
         bad.write_bytes(content)

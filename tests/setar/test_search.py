@@ -313,6 +313,7 @@ def test_another_search_is_not_overwritten(images, tmp_path):
 def test_a_search_takes_the_place_of_another_with_its_first_value(images, tmp_path, monkeypatch):
     encoder = encoder_of()
     search(encoder, images, out=tmp_path, order="text", **OPTIONS)
+    (tmp_path / "report.html").touch()
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     other = {"order": "text", **OPTIONS, "weight": 0.4}
 
@@ -332,7 +333,8 @@ def test_a_search_takes_the_place_of_another_with_its_first_value(images, tmp_pa
     monkeypatch.setattr(Evaluator, "candidates", lambda *_: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
         search(encoder, images, out=tmp_path, overwrite=True, **other)
-    assert not (tmp_path / RECIPE).exists()  # it would be of the other search
+    # they would be of the other search
+    assert not (tmp_path / RECIPE).exists() and not (tmp_path / "report.html").exists()
     monkeypatch.undo()
     found = search(encoder, images, out=tmp_path, **other)
     assert len(found.rows) == 1 + 3 * 3
