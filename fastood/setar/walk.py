@@ -85,11 +85,11 @@ class Walk:
 
     def _values(self, visit: int, matrix: Matrix) -> list[tuple[Candidate, Value]]:
         candidates = list(self._plan.candidates(matrix))
-        missing = [
-            c for c in candidates if self._table.find(visit, matrix.address, c.count) is None
-        ]
-        if missing and not self._copy(visit, matrix.address, missing):
-            self._compute(visit, matrix.address, missing)
+        known = [self._table.find(visit, matrix.address, c.count) for c in candidates]
+        # all of a matrix or none: a candidate computed among others is rounded otherwise, and a
+        # search goes on with the same bits wherever its table was cut
+        if None in known and not self._copy(visit, matrix.address, candidates):
+            self._compute(visit, matrix.address, candidates)
         found = []
         for candidate in candidates:
             row = self._table.find(visit, matrix.address, candidate.count)
@@ -108,7 +108,7 @@ class Walk:
         known = [replace(row, visit=visit, seconds=0.0) for row in rows if row is not None]
         if len(known) < len(rows):
             return False
-        self._table.add(known)
+        self._keep(known)
         if self._total:
             self._tell(sum(map(self._evaluating().cost, candidates)))
         return True
@@ -122,11 +122,11 @@ class Walk:
             self._total = self._left(evaluator, visit)
         self._at = (visit, address)
         begin = time.perf_counter()
-        if candidates and evaluator.cannot_matter(candidates[0].matrix):
-            values = [self.best] * len(candidates)
-            self._tell(sum(map(evaluator.cost, candidates)))
-        elif candidates:
+        if candidates:
             values = evaluator.candidates(candidates, self._tell)
+            if evaluator.cannot_matter(candidates[0].matrix):
+                # what else the table says of them does change
+                values = [replace(v, objective=self.best.objective) for v in values]
         else:
             values = [evaluator.baseline(self._tell)]
         each = (time.perf_counter() - begin) / len(values)
@@ -135,8 +135,12 @@ class Walk:
             Row(visit, address, ratio, count, value, each)
             for (ratio, count), value in zip(given, values, strict=True)
         ]
-        self._table.add(rows)
+        self._keep(rows)
         return rows
+
+    def _keep(self, rows: list[Row]) -> None:
+        """Put rows in the table; what a stopped run left there is known to be the same."""
+        self._table.add(row for row in rows if self._table.find(*row.key) is None)
 
     def _decide(self, matrix: Matrix, chosen: Candidate | None) -> None:
         self._decided.append(matrix)
@@ -162,12 +166,9 @@ class Walk:
             # an exhaustive search tries a matrix until it is decided: at half of its visits
             times = (len(left) - place + 1) / 2 + place / 2 if plan.revisits else 1.0
             number = visit if plan.revisits else visit + place
-            unknown = [
-                c
-                for c in plan.candidates(matrix)
-                if self._table.find(number, matrix.address, c.count) is None
-            ]
-            total += times * sum(map(evaluator.cost, unknown))
+            candidates = list(plan.candidates(matrix))
+            known = [self._table.find(number, matrix.address, c.count) for c in candidates]
+            total += times * sum(map(evaluator.cost, candidates)) * (None in known)
         return total
 
     def _tell(self, units: float = 0.0) -> None:

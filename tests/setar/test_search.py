@@ -180,6 +180,13 @@ def test_what_reaches_the_class_token_alone_gains_nothing_by_rounding(images, op
     )
     assert {p.ratio for p in found.recipe.picks} == {0}
     assert {row.value.objective for row in found.rows} == {found.baseline.objective}
+    # what else is said of them is theirs
+    plain = plainly(encoder_of(1), images, [("image", "q", 3), ("image", "k", 3)], **PLAIN)
+    theirs = {(e.kind, e.ratio): e.cross_entropy for e in plain.evaluated if e.step == 0}
+    ours = {r.ratio: r.value.cross_entropy for r in found.rows if r.matrix == "image.3.q"}
+    assert len(set(ours.values())) == 3
+    for ratio, value in ours.items():
+        assert value == pytest.approx(theirs["q", ratio], rel=SEARCH_F64_RTOL)
 
 
 def test_an_exhaustive_search_computes_nothing_on_a_model_it_has_tried(images, monkeypatch):
@@ -254,17 +261,22 @@ def test_a_stopped_search_goes_on_with_the_same_result(images, tmp_path, monkeyp
     assert search(encoder, images, out=tmp_path / "parts", **OPTIONS).recipe == found.recipe
 
 
-def test_half_a_line_of_a_killed_run_is_computed_again(images, tmp_path):
-    encoder = encoder_of()
-    expected = search(encoder, images, out=tmp_path, order="text", **OPTIONS)
-    table = tmp_path / CANDIDATES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("order", ["text", "exhaustive"])
+def test_a_table_cut_anywhere_gives_the_same_bits(images, tmp_path, order, dtype):
+    """Also between candidates of one matrix, which share products."""
+    encoder, options = encoder_of(dtype=dtype), {"order": order, "layers": [-1], **OPTIONS}
+    expected = search(encoder, images, out=tmp_path, **options)
+    recipe, table = (tmp_path / RECIPE).read_bytes(), tmp_path / CANDIDATES
     content = table.read_bytes()
-    for cut in (len(content) - 7, len(content) // 2, 30, 0):
+    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
+    for cut in (0, 30, len(content) - 7, len(content) // 2, *ends[1:6]):
         table.write_bytes(content[:cut])
-        found = search(encoder, images, out=tmp_path, order="text", **OPTIONS)
-        # a candidate that is computed alone is rounded otherwise than among others
-        assert found.recipe.lora_settings() == expected.recipe.lora_settings()
-        assert sorted(r.key for r in found.rows) == sorted(r.key for r in expected.rows)
+        found = search(encoder, images, out=tmp_path, **options)
+        assert (tmp_path / RECIPE).read_bytes() == recipe
+        assert [r.key for r in found.rows] == [r.key for r in expected.rows]
+        assert [r.value for r in found.rows] == [r.value for r in expected.rows]
+        assert len(table.read_text().splitlines()) == len(content.splitlines())
 
 
 def test_a_damaged_table_is_refused(images, tmp_path):
@@ -470,6 +482,14 @@ def test_weights_that_are_not_finite_are_refused(images):
     with torch.no_grad():
         encoder.model.transformer.resblocks[1].mlp.c_fc.weight[3, 4] = float("nan")
     refused(images, r"text.1.up has NaN or Inf", ModelError, encoder)
+
+
+def test_weights_that_are_computed_from_others_are_refused(images):
+    encoder = encoder_of()
+    block = encoder.model.visual.transformer.resblocks[0]
+    torch.nn.utils.parametrizations.weight_norm(block.mlp.c_fc)
+    with pytest.raises(ModelError, match=r"image\.0\.up: .* computed from other parameters"):
+        search(encoder, images, **OPTIONS)
 
 
 def test_resnets_are_excluded_with_the_reason(images):
