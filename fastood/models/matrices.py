@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from fastood.errors import ModelError
@@ -113,6 +114,30 @@ class Matrix:
     def weight(self, model: nn.Module) -> Tensor:
         """(out, in) as it is in ``model`` now: a view of the parameter."""
         return self.of(getattr(model.get_submodule(self.module), self.parameter))
+
+    def stored(self, model: nn.Module) -> nn.Parameter:
+        """The parameter it is kept in, for whoever changes the matrix.
+
+        Raises:
+            ModelError: if the weight is computed from other parameters at every call (a
+                parametrisation), so that what is written to it would be lost.
+        """
+        found = model.get_submodule(self.module)._parameters.get(self.parameter)
+        if not isinstance(found, nn.Parameter):
+            raise ModelError(
+                f"{self.address}: {self.key} of {type(model).__name__} is computed from other "
+                "parameters, so it cannot be changed; merge or remove the parametrisation first"
+            )
+        return found
+
+    def write(self, model: nn.Module, weight: Tensor) -> None:
+        """Put ``weight`` (out, in) in its place.
+
+        Raises:
+            ModelError: as ``stored``.
+        """
+        with torch.no_grad():
+            self.of(self.stored(model)).copy_(weight)
 
     def of(self, parameter: Tensor) -> Tensor:
         """(out, in) part of a parameter laid out as this one's."""

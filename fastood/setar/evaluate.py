@@ -170,7 +170,7 @@ class Evaluator:
         with exact():
             basis, _ = self._tails_of(matrix, (candidate.count,), known=True)
             new = basis.drop(candidate.count, part=self._part, seed=self._seed)
-            matrix.weight(network_of(self.encoder)).copy_(new)
+            matrix.write(network_of(self.encoder), new)
         self._tails.pop(matrix.address, None)
         if matrix.tower == "text":
             self._bank = None

@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-
 from fastood._version import __version__
 from fastood.atomic import write_text
 from fastood.data.paths import refuse_folder
@@ -291,12 +289,12 @@ class Recipe:
         network = network_of(changed)
         for pick, matrix in found:
             if pick.count:
-                with torch.no_grad():
-                    weight = matrix.weight(network)
-                    basis = basis_of(weight, matrix, encoder.name)
-                    if factored and factor(network, matrix, basis, pick.count, self.part):
-                        continue
-                    weight.copy_(basis.drop(pick.count, part=self.part, seed=self.seed))
+                matrix.stored(network)
+                basis = basis_of(matrix.weight(network).detach(), matrix, encoder.name)
+                if factored and factor(network, matrix, basis, pick.count, self.part):
+                    continue
+                new = basis.drop(pick.count, part=self.part, seed=self.seed)
+                matrix.write(network, new)
         return changed
 
     def warn_of_other_weights(self, encoder: Encoder) -> None:

@@ -147,7 +147,7 @@ def search(
         model, order=order, kinds=kinds, ratios=ratios, projections=projections, layers=layers
     )
     for matrix in plan.matrices:
-        if not bool(matrix.weight(model).isfinite().all()):
+        if not bool(matrix.of(matrix.stored(model)).isfinite().all()):
             raise ModelError(
                 f"{encoder.name}: {matrix.address} has NaN or Inf in its weights; is the file "
                 "damaged?"

@@ -47,6 +47,27 @@ def test_open_clip(custom):
         assert matrix.weight(model).shape == matrix.shape
 
 
+@pytest.mark.parametrize("address", ["image.0.up", "text.1.k", "image.proj"])
+def test_write_puts_a_weight_in_its_place(address):
+    model = tiny.clip()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    matrix = next(m for m in list_matrices(model) if m.address == address)
+    new = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0))
+    matrix.write(model, new)
+    assert torch.equal(matrix.weight(model), new)
+    matrix.write(model, matrix.of(before[matrix.key]))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_weight_computed_from_others_is_not_written_to():
+    """It would be made anew at the next call, as if nothing had been written."""
+    model = tiny.clip()
+    torch.nn.utils.parametrizations.weight_norm(model.visual.transformer.resblocks[0].mlp.c_fc)
+    matrix = next(m for m in list_matrices(model) if m.address == "image.0.up")
+    with pytest.raises(ModelError, match=r"image\.0\.up: .*c_fc\.weight of CLIP is computed from"):
+        matrix.write(model, torch.zeros(matrix.shape))
+
+
 def test_hugging_face_has_the_same_addresses_for_the_same_weights():
     pytest.importorskip("transformers")
     from tests.models import test_hf

@@ -272,6 +272,17 @@ def test_weights_that_are_not_finite():
         recipe.apply(encoder)
 
 
+def test_weights_that_are_computed_from_others():
+    """A recipe would be lost on them without a word."""
+    encoder = open_clip_encoder()
+    mlp = encoder.model.visual.transformer.resblocks[0].mlp
+    torch.nn.utils.parametrizations.weight_norm(mlp.c_fc)
+    recipe = Recipe((["image", "up", 0, 0.4],))
+    for factored in (False, True):
+        with pytest.raises(ModelError, match="is computed from other parameters"):
+            recipe.apply(encoder, factored=factored)
+
+
 def test_other_weights_of_the_same_architecture(tmp_path):
     encoder, other = open_clip_encoder(), open_clip_encoder(dtype=torch.float32)
     path = Recipe.of(encoder, [["image", "up", 0, 0.1]]).write(tmp_path / "r.json")

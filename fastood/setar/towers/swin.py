@@ -145,11 +145,7 @@ class SwinTower(ImageTower):
     def _replaced(self, matrix: Matrix, weight: Tensor) -> Iterator[None]:
         """The module has ``weight`` in place of the matrix."""
         owner = self._model.get_submodule(matrix.module)
-        own = owner._parameters.get(matrix.parameter)
-        if own is None:
-            raise ModelError(
-                f"{self.name}: {matrix.key} is computed from other parameters; merge them first"
-            )
+        own = matrix.stored(self._model)
         other = own.detach().clone()
         matrix.of(other).copy_(weight)
         owner._parameters[matrix.parameter] = nn.Parameter(other, requires_grad=False)
