@@ -164,9 +164,12 @@ def _hugging_face(module: Any) -> Block | str:
         return why
 
     def joint() -> Affine:
-        biases = [p.bias for p in three]
-        bias = None if any(b is None for b in biases) else torch.cat(biases)
-        return torch.cat([p.weight for p in three]), bias
+        weight, biases = torch.cat([p.weight for p in three]), [p.bias for p in three]
+        if all(b is None for b in biases):
+            return weight, None
+        # some variants have none for the keys alone
+        rows = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in three]
+        return weight, torch.cat(rows)
 
     return Block(
         heads=attn.num_heads,

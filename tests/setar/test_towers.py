@@ -60,6 +60,14 @@ def hugging_face(dtype: torch.dtype = torch.float64) -> HFEncoder:
     return HFEncoder(model, tiny.blank, test_hf.ClipTokens())
 
 
+def without_key_biases(dtype: torch.dtype = torch.float64) -> HFEncoder:
+    encoder = hugging_face(dtype)
+    for module in encoder.model.modules():
+        if type(module).__name__ == "CLIPAttention":
+            module.k_proj.bias = None
+    return encoder
+
+
 def without_biases(dtype: torch.dtype = torch.float64) -> OpenClipEncoder:
     encoder = open_clip(dtype)
     for layers in (encoder.model.visual.transformer.resblocks, encoder.model.transformer.resblocks):
@@ -78,6 +86,7 @@ ENCODERS = {
     "no biases": without_biases,
     "custom text": lambda **o: open_clip(custom=True, **o),
     "hugging face": hugging_face,
+    "no key biases": without_key_biases,
 }
 
 each_encoder = pytest.mark.parametrize("name", ENCODERS)
@@ -198,6 +207,18 @@ def test_candidates_of_the_image_tower_in_float32(name):
             want = encoder.encode_image(PIXELS, local=True)
         assert close(encoder, found[0].image, want.image), matrix.address
         assert close(encoder, found[0].local, want.local), matrix.address
+
+
+def test_attention_whose_softmax_is_taken_in_float32():
+    """Hugging Face's "eager" attention, in a model of float64."""
+    encoder = hugging_face()
+    for part in (encoder.model.config, *vars(encoder.model.config).values()):
+        if hasattr(part, "_attn_implementation"):
+            part._attn_implementation = "eager"
+    tower, text = image_tower(encoder), TextParts(encoder, ONE)
+    seen, whole = tower.seen(inputs(tower, PIXELS)[-1]), encoder.encode_image(PIXELS, local=True)
+    for got, want in ((seen.image, whole.image), (features(text), classes(encoder, ONE))):
+        assert float((got - want).abs().max() / want.abs().max()) <= tolerances.TOWER_EAGER_RTOL
 
 
 def test_random_and_principal_parts_go_through_the_tower():
