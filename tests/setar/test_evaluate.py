@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -279,6 +280,43 @@ def test_exact_products_and_restored_settings(setting):
         [sys.executable, "-c", _EXACT.format(setting=setting)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_everything_is_computed_exactly():
+    """Whatever a program has set for its own work."""
+    encoder = open_clip_encoder(torch.float32)
+    plan = make_plan(encoder.model, ratios=[0.2], projections=True)
+    pixels, seen = images().float(), set()
+
+    def decode(index: Tensor) -> Tensor:
+        seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), _precision()))
+        return pixels[index]
+
+    def run() -> list[float]:
+        found = Evaluator(
+            encoder, decode, LABELS, PROMPTS, objective(), batches=[N], plan=plan, memory=0
+        )
+        values = [found.baseline().loss]
+        for matrix in plan.matrices:
+            candidate = next(plan.candidates(matrix))
+            values.append(found.candidates([candidate])[0].loss)
+            found.accept(candidate)
+        return values
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of the memory
+        expected = run()
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert run() == expected
+    assert len(seen) == 1 and next(iter(seen))[:2] == (False, False)
+    assert next(iter(seen))[2] in ("ieee", "highest")
+
+
+def _precision() -> str:
+    if hasattr(torch.backends, "fp32_precision"):
+        return torch.backends.mkldnn.matmul.fp32_precision
+    return torch.get_float32_matmul_precision()
 
 
 # ------------------------------------------------------------------------------------ prefix
