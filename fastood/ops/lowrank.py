@@ -157,7 +157,8 @@ def drop_tails(weights: Tensor, basis: TailBasis, counts: Sequence[int]) -> list
                 segment = slice(before, count)
                 _add(left, along[..., segment], vectors[..., segment].mT, alpha=-1)
                 before = count
-            _tall(result)[matrices, rows] = left
+            # of everything that is dropped rounding would leave something, which a norm blows up
+            _tall(result)[matrices, rows] = left if count < r else 0
     # a result of its own for counts that were asked for twice
     return [
         results[count].clone() if count in counts[:i] else results[count]

@@ -146,8 +146,8 @@ def make_plan(
             not, because there a later visit silently undoes the first).
         layers: only these blocks, negative ones counted from the last.
     Raises:
-        ValueError: unknown orders, kinds or layers; ratios that are no shares; towers of unequal
-            depth for ``interleaved``.
+        ValueError: unknown orders, kinds or layers; ratios that are no shares, or leave nothing of
+            a projection; towers of unequal depth for ``interleaved``.
         ModelError: matrices the model does not have; lists what it has.
     """
     order = _order(order)
@@ -174,9 +174,14 @@ def make_plan(
     plan = Plan(order, tuple(ordered), values)
     for matrix in plan.matrices:  # numbers above a matrix are refused now
         try:
-            list(plan.candidates(matrix))
+            most = max((c.count for c in plan.candidates(matrix)), default=0)
         except ValueError as error:
             raise ValueError(f"ratios: {matrix.address} {matrix.shape}: {error}") from None
+        if matrix.kind == "proj" and most == min(matrix.shape):
+            raise ValueError(
+                f"ratios: {matrix.address} {matrix.shape}: {max(values)} drops all {most} "
+                "directions of the projection, so all features would be zero"
+            )
     if not plan.evaluations:
         raise ValueError(f"ratios: expected at least one that drops something, got {values}")
     return plan

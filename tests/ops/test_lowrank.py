@@ -42,6 +42,14 @@ def test_every_number_of_directions_agrees_with_the_svd(count, m, n):
     assert torch.equal(drop_tails(w, basis, [0])[0], w)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_nothing_is_left_of_everything(dtype):
+    """Not even rounding, which a norm of the features would make a feature of."""
+    w = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    most, all_ = drop_tails(w, tail_basis(w), [5, 6])
+    assert most.norm() > 0.1 and not all_.any()
+
+
 def test_values_are_squared_singular_values_and_vectors_are_orthonormal():
     w = weights(3, 30, 12)
     basis = tail_basis(w)

@@ -456,6 +456,7 @@ def test_what_is_refused_before_any_image_is_read(images, monkeypatch):
     refused(images, r"directions <= min\(m, n\) = 32, got 33", ratios=(33,))
     refused(images, "ratios: expected at least one that drops", ratios=(0,))
     refused(images, "ratios: expected a list", ratios=0.1)
+    refused(images, r"image.proj .*: 0.99 drops all 16 directions", ratios=(0.99,), kinds="proj")
     refused(images, "kinds: .*got 'mlp'", kinds="mlp")
     refused(images, "kinds: .*did you mean 'W_up'", kinds="W_upp")
     refused(images, "layers: expected numbers in -4..3", layers=[7])
