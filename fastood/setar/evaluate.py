@@ -31,13 +31,13 @@ from torch import Tensor
 from fastood.models.base import Encoder
 from fastood.models.copies import copy_encoder, network_of
 from fastood.models.matrices import Matrix
-from fastood.room import size_text
 from fastood.scores.inputs import unit_rows
+from fastood.setar.budget import Sizes, notes, share
 from fastood.setar.exact import exact
 from fastood.setar.lowrank import LowRankBasis, Part
 from fastood.setar.objective import Objective, Tally, Value
 from fastood.setar.plan import Candidate, Plan
-from fastood.setar.prefix import Prefix, bytes_of, default_memory, spacing
+from fastood.setar.prefix import Prefix, bytes_of, default_memory
 from fastood.setar.tails import Tails
 from fastood.setar.towers.base import ImageTower, Seen, check_precision, image_tower
 from fastood.setar.towers.text import TextParts
@@ -99,7 +99,7 @@ class Evaluator:
         positions = torch.arange(len(labels))
         self._chunks = positions.split(size)
         self._text_prefix = (
-            None if self._text is None else Prefix(self._text, lambda _: self._text_start(), 1)
+            None if self._text is None else Prefix(self._text, lambda _: self._text_start(), 0)
         )
         self._bank: Tensor | None = None
         self._features: dict[int, Seen] = {}
@@ -109,8 +109,10 @@ class Evaluator:
         self._first: tuple[int, Tensor] | None = None
         self._budget = default_memory(device) if memory is None else memory
         self._prefix = Prefix(self._image, self._start, 0)
-        self._input_bytes, self._feature_bytes, self._units = self._measure()
-        self.notes: list[str] = []
+        self._sizes, self._units = self._measure()
+        self.notes = list(notes(plan, self._sizes, self._budget))
+        for line in self.notes:  # before the work
+            warnings.warn(line, RuntimeWarning, stacklevel=2)
         self._arrange(plan.matrices[0].tower)
 
     # ---------------------------------------------------------------- what the search asks for
@@ -201,9 +203,11 @@ class Evaluator:
         return {
             "memory": self._budget,
             "every": self._prefix.every,
-            "input_bytes": list(self._input_bytes),
-            "feature_bytes": self._feature_bytes,
+            "input_bytes": list(self._sizes.inputs),
+            "feature_bytes": self._sizes.features,
             "keeps_features": self._keeps_features,
+            "text_bytes": list(self._sizes.texts),
+            "text_every": 0 if self._text_prefix is None else self._text_prefix.every,
             "chunk": len(self._chunks[0]),
         }
 
@@ -305,9 +309,8 @@ class Evaluator:
         self._tails[matrix.address] = basis, tails
         return basis, tails
 
-    def _measure(self) -> tuple[tuple[int, ...], int, tuple[float, float, float]]:
-        """Bytes of the inputs of each block and of all features; cost of an image block, a text
-        block and the patch logits."""
+    def _measure(self) -> tuple[Sizes, tuple[float, float, float]]:
+        """Bytes of what may be kept; cost of an image block, a text block and the patch logits."""
         with exact():
             x = self._start(0)
             self._first = (0, x)
@@ -319,61 +322,31 @@ class Evaluator:
             k, d = self._classes()[0].shape
             patches = self._image.seen(y).local.shape[1]
             of_block = inputs[0] * x.shape[-1]  # a twelfth of the multiply-adds of an image
-            text = 0.0
-            if self._text_prefix is not None:
-                text = bytes_of(self._text_prefix.input(0, 0)) / size * d / (n * of_block)
-            each = tuple(n * one * size for one in inputs)
-            return each, n * (patches + 1) * d * size, (1.0, text, patches * k * d / 12 / of_block)
+            texts: tuple[int, ...] = ()
+            if self._text is not None:
+                texts = (bytes_of(self._text_start()),) * self._text.depth
+            text = texts[0] / size * d / (n * of_block) if texts else 0.0
+            sizes = Sizes(
+                tuple(n * one * size for one in inputs), n * (patches + 1) * d * size, texts
+            )
+            return sizes, (1.0, text, patches * k * d / 12 / of_block)
 
     def _arrange(self, tower: str) -> None:
         """Give the memory to what the coming visits need."""
         if self._phase == tower or (self._plan.mixed and self._phase is not None):
             return
-        first = self._phase is None
-        self._phase = tower
-        budget, depth = self._budget, self._image.depth
-        inputs, features = self._input_bytes, self._feature_bytes
-        if self._plan.mixed:
-            self._keeps_features = 2 * features <= budget
-            left = budget - features * self._keeps_features
-            self._prefix.every = spacing(inputs, left)
-        elif tower == "image":
+        before, self._phase = self._phase, tower
+        kept = share(self._plan, tower, self._sizes, self._budget)
+        self._keeps_features = kept.features
+        if before == "image" and kept.features:  # from what is kept of the images
+            for c in range(len(self._chunks)):
+                self._seen(c)
+                self._prefix.drop(c)
+        if not kept.features:
             self._features.clear()
-            self._keeps_features = False
-            self._prefix.every = spacing(inputs, budget)
-        else:
-            self._keeps_features = features <= budget
-            later = self._plan.order == "text_image"
-            if not self._keeps_features:
-                self._prefix.every = spacing(inputs, budget)
-            else:
-                self._prefix.every = depth if later and features + inputs[0] <= budget else 0
-                for c in range(len(self._chunks) if not first else 0):
-                    self._seen(c)
-                    if not later:
-                        self._prefix.drop(c)
-        self._say()
-
-    def _say(self) -> None:
-        """Tell a user, once and before the work, what too little memory will cost."""
-        every, depth = self._prefix.every, self._image.depth
-        if every == 1 or (self._keeps_features and not self._plan.mixed):
-            return
-        room, need = size_text(self._budget), size_text(self._input_bytes[0])
-        if every:
-            held = len(range(0, depth, every))
-            line = (
-                f"memory: {room} hold the inputs of {held} of {depth} blocks ({need} each); the "
-                "blocks between are run once more at every visit"
-            )
-        else:
-            line = (
-                f"memory: {room} do not hold what enters one block ({need}); images are decoded "
-                "and run again at every visit"
-            )
-        if line not in self.notes:
-            self.notes.append(line)
-            warnings.warn(line, RuntimeWarning, stacklevel=2)
+        self._prefix.space(kept.every)
+        if self._text_prefix is not None:
+            self._text_prefix.space(kept.texts)
 
 
 def _report(done: Callable[[float], None] | None, units: float) -> None:

@@ -60,6 +60,11 @@ class Prefix:
         """Weights of block ``layer`` changed: inputs of the blocks above are not kept any more."""
         self._kept = {at: x for at, x in self._kept.items() if at[0] <= layer}
 
+    def space(self, every: int) -> None:
+        """Keep the inputs of blocks 0, s, 2s, ... from now on, and none of the others."""
+        self.every = every
+        self._kept = {at: x for at, x in self._kept.items() if every and at[0] % every == 0}
+
     def drop(self, chunk: int) -> None:
         """Keep nothing of one chunk."""
         self._kept = {at: x for at, x in self._kept.items() if at[1] != chunk}

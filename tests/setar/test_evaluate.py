@@ -348,8 +348,11 @@ def test_prefix_is_right_after_any_change(every):
             prefix.changed(layer)
         elif kind == 1:
             prefix.drop(chunk)
+        elif kind == 2:
+            prefix.space(layer)
         expected = chunk * 10**6 + sum(w * 10**i for i, w in enumerate(tower.weights[:layer]))
         assert int(prefix.input(layer, chunk)) == expected
+        assert all(prefix.every and at % prefix.every == 0 for at, _ in prefix._kept)
 
 
 def test_prefix_runs_no_block_twice_when_everything_is_kept():
@@ -377,8 +380,10 @@ def test_bytes_of_counts_nested_tensors():
 
 
 def held(found: Evaluator) -> int:
-    """Bytes of everything kept between candidates of the image tower, whole storages."""
-    kept = [*found._prefix._kept.values(), *(x for s in found._features.values() for x in s)]
+    """Bytes of everything kept between candidates of either tower, whole storages."""
+    prefixes = found._prefix, found._text_prefix
+    kept = [x for prefix in prefixes for x in prefix._kept.values()]
+    kept += [x for s in found._features.values() for x in s]
     return sum(
         {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values()
     )
@@ -389,6 +394,8 @@ def test_what_is_kept_stays_within_the_memory_given(order):
     encoder = deep_encoder()
     plan = make_plan(encoder.model, order=order, ratios=[0.1])
     need = evaluator(encoder, plan).describe()
+    whole_texts = sum(need["text_bytes"])
+    assert whole_texts > need["input_bytes"][0] / 2  # so it would show
     for places in (0, 0.5, 1, 2.4, 4, 100):
         memory = int(places * need["input_bytes"][0])
         found = evaluator(encoder, plan, memory=memory)
@@ -399,3 +406,4 @@ def test_what_is_kept_stays_within_the_memory_given(order):
             assert held(found) <= memory
         if places == 100:
             assert held(found) > 0
+            assert order == "text_image" or found.describe()["text_every"] == 1
