@@ -182,6 +182,33 @@ def test_metrics_of_scores(score):
         )
 
 
+@pytest.mark.parametrize("pred_label", [False, True])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *({"metric": m} for m in ("loss", "cross_entropy", "patches")),
+        *({"metric": "auroc", "score": s} for s in ("mcm", "l_mcm", "gl_mcm", "energy")),
+    ],
+    ids=lambda asked: "-".join(asked.values()),
+)
+def test_what_cannot_matter_does_not(asked, pred_label):
+    """Queries and keys of the last block, where the objective is of patches alone."""
+    encoder = open_clip_encoder()
+    goal = objective(**asked, pred_label=pred_label)
+    plan = make_plan(encoder.model, order="image", kinds=["q", "k", "v", "up"], ratios=[0.95])
+    found = evaluator(encoder, plan, objective=goal)
+    before = whole(encoder, [], goal).objective
+    for matrix in plan.matrices:
+        moved = [whole(encoder, [c], goal).objective for c in plan.candidates(matrix)]
+        if found.cannot_matter(matrix):
+            assert moved == pytest.approx([before], rel=SEARCH_F64_RTOL)
+        elif asked["metric"] in ("loss", "cross_entropy", "patches"):  # others are steps
+            assert abs(moved[0] - before) > 1e-6 or pred_label
+    skipped = {m.address for m in plan.matrices if found.cannot_matter(m)}
+    alone = "patches" in asked.values() or "l_mcm" in asked.values()
+    assert skipped == ({"image.1.q", "image.1.k"} if alone and not pred_label else set())
+
+
 def test_the_model_given_is_left_alone_and_images_are_decoded_once():
     encoder = open_clip_encoder()
     before = {k: v.clone() for k, v in encoder.model.state_dict().items()}
