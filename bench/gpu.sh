@@ -103,10 +103,11 @@ warm() {
     return $((failures > 0))
 }
 
-# One file: its GPU tests, of kernels all that is not slow (they run on the GPU where there is one).
+# One file: its GPU tests; of tests/kernels and tests/gpu all that is not slow (they run on the GPU
+# where there is one).
 test_file() {
     local chosen=gpu status
-    [[ $1 == tests/kernels/* ]] && chosen="gpu or not slow"
+    [[ $1 == tests/kernels/* || $1 == tests/gpu/* ]] && chosen="gpu or not slow"
     "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider --durations=5 -m "$chosen" "$1"
     status=$?
     ((status == 5)) && status=0 # none is left
@@ -117,6 +118,7 @@ test_file() {
 # GPUs is not tested here.
 gpu_test_files() {
     { find tests/kernels -name 'test_*.py' ! -name '*aot*'
+      ! "$PYTHON" -c 'import open_clip' 2>/dev/null || find tests/gpu -name 'test_*.py'
       grep -rl 'mark\.gpu' tests/{cuda,detectors,metrics,ops,scores,tuning} --include='test_*.py'; } |
         sort -u
 }
