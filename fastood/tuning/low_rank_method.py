@@ -32,7 +32,12 @@ from fastood.tuning.parts import classified, images_of, or_nothing
 __all__ = ["SETAR_TRAIN", "LowRankMethod", "check_patches", "loss_settings"]
 
 SETAR_TRAIN = Augmentation(scale=(0.9, 1.0))
-"""SeTAR+FT and its LoRA baseline: crop (.9, 1), flip."""
+"""SeTAR+FT and its LoRA baseline: crop (.9, 1), flip.
+
+That is what the authors do for CLIPs. For their Swin they crop (.08, 1), change brightness,
+contrast and saturation by up to .4, and let it skip paths at random (it trains in training mode),
+which is not done here.
+"""
 
 
 class LowRankMethod(Method):

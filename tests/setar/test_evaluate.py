@@ -14,6 +14,7 @@ from fastood.errors import ModelError
 from fastood.models.base import Encoder
 from fastood.models.copies import copy_encoder
 from fastood.scores.inputs import unit_rows
+from fastood.setar import prefix as prefixes
 from fastood.setar.evaluate import Evaluator
 from fastood.setar.lowrank import low_rank
 from fastood.setar.objective import Objective, Value
@@ -399,6 +400,14 @@ def test_spacing_stays_within_the_budget_and_uses_it(sizes):
         if every:
             assert sum(sizes[::every]) <= budget
             assert every == 1 or sum(sizes[:: every - 1]) > budget
+
+
+def test_a_quarter_of_what_is_free_is_the_default(monkeypatch):
+    encoder = open_clip_encoder()
+    plan = make_plan(encoder.model)
+    for free, expected in ((8_000_000, 2_000_000), (None, 4_000_000_000)):
+        monkeypatch.setattr(prefixes, "free_memory", lambda free=free: free)
+        assert evaluator(encoder, plan, memory=None).describe()["memory"] == expected
 
 
 def test_bytes_of_counts_nested_tensors():
