@@ -268,7 +268,7 @@ def _print(done: Found) -> None:
         table.add_column(name, justify="left" if name == "matrix" else "right")
     table.add_row("as it is", "", "", f"{done.baseline.objective:.5f}")
     for pick in changes:
-        share = f"{pick.ratio:.0%}" if isinstance(pick.ratio, float) else ""
+        share = f"{100 * pick.ratio:g}%" if isinstance(pick.ratio, float) else ""
         table.add_row(pick.address, share, str(pick.count), f"{pick.objective:.5f}")
     show.console().print(table)
     a, b = done.baseline, done.final

@@ -226,7 +226,8 @@ class Recipe:
     @property
     def digest(self) -> str:
         """Hex digest of what is dropped, of whichever model."""
-        text = json.dumps([[p.lora_setting() for p in self.changes], self.part, self.seed])
+        seed = self.seed if self.part == "random" else 0  # of nothing else
+        text = json.dumps([[p.lora_setting() for p in self.changes], self.part, seed])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def lora_settings(self) -> list[list[Any]]:

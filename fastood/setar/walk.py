@@ -58,6 +58,7 @@ class Walk:
         self.picks: list[Pick] = []
         self.baseline: Value
         self.best: Value
+        self._accepted_value: Value  # of the model that the candidates of a visit are made from
         self._done = self._total = 0.0
         self._at = (0, "")
 
@@ -68,7 +69,7 @@ class Walk:
             row = self._compute(0, "", [])[0]
         self.baseline = self.best = row.value
         for visit in range(1, self._plan.visits + 1):
-            group = self._plan.visit(self._decided)
+            group, self._accepted_value = self._plan.visit(self._decided), self.best
             chosen: Candidate | None = None
             for matrix in group:
                 for candidate, value in self._values(visit, matrix):
@@ -126,7 +127,8 @@ class Walk:
             values = evaluator.candidates(candidates, self._tell)
             if evaluator.cannot_matter(candidates[0].matrix):
                 # what else the table says of them does change
-                values = [replace(v, objective=self.best.objective) for v in values]
+                same = self._accepted_value.objective
+                values = [replace(v, objective=same) for v in values]
         else:
             values = [evaluator.baseline(self._tell)]
         each = (time.perf_counter() - begin) / len(values)

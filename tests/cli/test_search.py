@@ -113,6 +113,12 @@ def test_templates_come_as_sets_by_name_or_as_they_are(photos, tmp_path):
         assert recipe["search"]["templates"] == list(expected)
 
 
+def test_shares_are_printed_as_they_are(photos, tmp_path, capsys):
+    words = ["search", "setar", "--id", str(photos), *TINY, "--order", "text", "--layers", "-1"]
+    assert run([*words, "--ratios", "0.255", "--out", str(tmp_path / "out")]) == 0
+    assert "25.5%" in capsys.readouterr().out
+
+
 def test_images_without_classes_and_files_as_folders(tmp_path, capsys):
     assert "expected labelled images" in failing(capsys, "--id", str(photo_folder("far-omniglot")))
     file = tmp_path / "file"

@@ -116,6 +116,13 @@ def test_random_directions_are_those_of_the_seed():
     assert one.fingerprint == again.fingerprint != other.fingerprint
 
 
+def test_a_seed_tells_recipes_apart_only_where_something_is_drawn():
+    picks = [["image", "up", 0, 0.5]]
+    for part, same in (("minor", True), ("random", False)):
+        one, other = (Recipe(tuple(picks), part, seed).digest for seed in (1, 2))
+        assert (one == other) is same
+
+
 def test_written_and_read(encoder, tmp_path):
     search = {"objective": {"metric": "loss"}, "final": {"loss": 0.61}, "images": 10}
     picks = [Pick("image", "up", 1, 0.25, objective=0.7), Pick("text", "up", 0, 0, objective=0.61)]

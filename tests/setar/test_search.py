@@ -189,6 +189,16 @@ def test_what_reaches_the_class_token_alone_gains_nothing_by_rounding(images, op
         assert value == pytest.approx(theirs["q", ratio], rel=SEARCH_F64_RTOL)
 
 
+def test_what_cannot_matter_has_the_value_of_the_model_it_was_tried_on(images):
+    """Not of the best candidate of the same visit."""
+    options = {**OPTIONS, "metric": "patches", "order": "single", "layers": [-1]}
+    found = search(encoder_of(1), images, kinds=["v", "q"], **options)
+    values = {row.value.objective for row in found.rows if row.matrix == "image.3.q"}
+    assert values == {found.baseline.objective}
+    assert any(r.matrix == "image.3.v" and found.baseline.objective > r.value.objective
+               for r in found.rows)  # fmt: skip
+
+
 def test_an_exhaustive_search_computes_nothing_on_a_model_it_has_tried(images, monkeypatch):
     computed = []
     run = Evaluator.candidates
