@@ -151,9 +151,13 @@ def _open_clip(module: Any) -> Block | str:
     )
 
 
+# older transformers (4.45) have a class for each way to compute the same
+_CLIP_ATTENTION = ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2")
+
+
 def _hugging_face(module: Any) -> Block | str:
     attn, mlp = module.self_attn, module.mlp
-    if type(attn).__name__ != "CLIPAttention":
+    if type(attn).__name__ not in _CLIP_ATTENTION:
         return f"its attention is a {type(attn).__name__}"
     three = [attn.q_proj, attn.k_proj, attn.v_proj]
     why = _why_not(

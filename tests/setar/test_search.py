@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -402,6 +403,15 @@ def test_images_are_known_by_content(images, tmp_path):
     first.write_bytes(other.read_bytes())
     with pytest.raises(DataError, match=r"another search.*images\.digest"):
         search(encoder, load_images(tmp_path / "moved"), out=out, order="text", **OPTIONS)
+
+
+def test_images_are_known_by_their_labels_too(images, tmp_path):
+    a, b = images.items[0], images.items[-1]
+    swapped = (replace(a, label=b.label), *images.items[1:-1], replace(b, label=a.label))
+    encoder, options = encoder_of(), {"out": tmp_path, "order": "text", **OPTIONS}
+    search(encoder, images, **options)
+    with pytest.raises(DataError, match=r"another search.*images\.digest"):
+        search(encoder, replace(images, items=swapped), **options)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks")

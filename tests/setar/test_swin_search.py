@@ -122,6 +122,10 @@ def test_labels_are_found_by_the_names_of_the_classes(images):
     names = enc.class_names
     turned = [*names[2:], *names[:2]]
     enc.class_names = tuple(turned)
+    assert (
+        search(enc, images, ratios=(0.2,), layers=[-1]).recipe.search["objective"]["temperature"]
+        == 1
+    )
     pixels = torch.stack([preprocess(decode(item.read())) for item in images]).double()
     labels = torch.tensor([turned.index(names[item.label]) for item in images])
     options = {"ratios": (0.2,), "layers": [-1], "top_k": TOP_K, "weight": WEIGHT, "batch_size": 4}
