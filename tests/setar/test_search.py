@@ -18,7 +18,7 @@ from fastood.data import load_images
 from fastood.data.imageset import ImageSet
 from fastood.errors import DataError, ModelError
 from fastood.models import OpenClipEncoder, load_model
-from fastood.setar import Objective, make_plan, published, search
+from fastood.setar import Objective, authors, make_plan, published, search
 from fastood.setar.evaluate import Evaluator
 from fastood.setar.run import RECIPE
 from fastood.setar.table import CANDIDATES, SETTINGS
@@ -143,6 +143,13 @@ def test_the_partition_decides_and_global_is_one_batch(images):
     found = search(encoder, images, partition="global", **{**OPTIONS, "batch_size": None})
     check(found, plainly(encoder, images, visits, **{**PLAIN, "batches": (10,)}))
     assert found.baseline.loss != search(encoder, images, **OPTIONS).baseline.loss
+
+
+def test_batches_are_the_authors_by_default(images, monkeypatch):
+    monkeypatch.setitem(authors._BATCH, "base", 4)  # of 512
+    options = {**OPTIONS, "batch_size": None, "order": "image", "layers": [-1]}
+    found = search(encoder_of(), images, **options)
+    assert found.recipe.search["partition"] == {"kind": "reference", "batches": [4, 4, 2]}
 
 
 def test_interleaved_goes_block_by_block():
