@@ -98,6 +98,9 @@ def visits_of(encoder, order: str, kind: str, projections: bool):
 def check(found, expected: Plain) -> None:
     ours = [(p.tower, p.kind, p.layer, p.ratio) for p in found.recipe.picks]
     assert ours == expected.picks
+    for step, pick in enumerate(found.recipe.picks):  # the best so far
+        best = min(e.loss for e in expected.evaluated if e.step <= step)
+        assert pick.objective == pytest.approx(best, rel=SEARCH_F64_RTOL)
     assert found.final.loss == pytest.approx(expected.best.loss, rel=SEARCH_F64_RTOL)
     theirs = {
         (e.step + 1, e.tower, e.kind, e.layer, e.ratio): e for e in expected.evaluated if e.ratio
