@@ -115,8 +115,8 @@ def search(
             there.
         overwrite: start again where another search lies. Its files stay until the first value of
             this one is known.
-        memory: bytes to keep between candidates; default a quarter of what is free. Less memory
-            costs time, never accuracy.
+        memory: bytes to keep between candidates (what enters blocks, features); default a quarter
+            of what is free. Less memory costs time, never accuracy.
         chunk: images run together; decides about memory only.
         workers: threads that decode.
         progress: told where the search is.
