@@ -236,6 +236,7 @@ def setar(
         show.print_json(
             {
                 "file": str(done.file),
+                "part": done.recipe.part,
                 "picks": done.recipe.lora_settings(),
                 "baseline": done.baseline.as_dict(),
                 "final": done.final.as_dict(),

@@ -93,9 +93,13 @@ def _tower(tower: Tower) -> dict[str, Any]:
 
 
 def _settings(view: SearchView) -> str:
-    """The authors' list, a pick a line."""
-    lines = [json.dumps(setting) for setting in view.recipe.lora_settings()]
-    return "[" + ",\n ".join(lines) + "]"
+    """The authors' list, a pick a line; in a configuration if not the weakest are dropped."""
+    config = view.recipe.lora_config()
+    text = "[" + ",\n ".join(json.dumps(setting) for setting in config["lora_settings"]) + "]"
+    if view.recipe.part == "minor":
+        return text
+    part = json.dumps(config["lora_svd_init_type"])
+    return f'{{"lora_svd_init_type": {part},\n"lora_settings":\n{text}}}'
 
 
 def _cards(view: SearchView) -> list[_Line]:

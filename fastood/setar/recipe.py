@@ -231,8 +231,16 @@ class Recipe:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def lora_settings(self) -> list[list[Any]]:
-        """As the authors write it; blocks of a Swin as [stage, block]."""
+        """As the authors write it; blocks of a Swin as [stage, block].
+
+        The list does not say which part is dropped, so read again it means the minor one.
+        """
         return [pick.lora_setting(self.model.get("stages")) for pick in self.picks]
+
+    def lora_config(self) -> dict[str, Any]:
+        """Of the authors' configurations what a recipe says; ``read`` takes a file of it."""
+        part = next(theirs for theirs, ours in _PARTS.items() if ours == self.part)
+        return {"lora_svd_init_type": part, "lora_settings": self.lora_settings()}
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the JSON file, which appears whole or not at all.

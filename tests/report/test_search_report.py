@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -224,6 +225,20 @@ def test_higher_is_better():
     assert "The AUROC of mcm goes from 0.50000 to 0.70000 (higher is better)" in text
     lo, hi = view.span()
     assert lo < 0.4 and hi > 0.7
+
+
+@pytest.mark.parametrize("part", ["minor", "principal"])
+def test_what_is_shown_for_the_authors_code_means_the_same(found, part, tmp_path):
+    """Copied from the page to a file and read again."""
+    recipe = replace(found.recipe, part=part)
+    page = render_search_report(replace(found, recipe=recipe))
+    shown = html.unescape(page.split('<pre class="command"><code>')[1].split("</code>")[0])
+    file = tmp_path / "config.json"
+    file.write_text(shown)
+    again = Recipe.read(file)
+    assert (again.part, again.lora_settings()) == (part, recipe.lora_settings())
+    file.write_text(json.dumps(recipe.lora_config()))
+    assert Recipe.read(file) == again
 
 
 def test_nothing_accepted():
