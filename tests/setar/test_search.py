@@ -164,6 +164,16 @@ def test_interleaved_goes_block_by_block():
         make_plan(encoder_of().model, order="interleaved")
 
 
+def test_projections_come_with_any_choice_of_layers():
+    model = encoder_of().model
+    plan = make_plan(model, projections=True, layers=[-1, 0])
+    assert [m.address for m in plan.matrices] == [
+        "image.proj", "image.3.up", "image.0.up", "text.proj", "text.2.up", "text.0.up",
+    ]  # fmt: skip
+    plan = make_plan(model, order="text", kinds=["proj", "down", "q"], layers=[1])
+    assert [m.address for m in plan.matrices] == ["text.proj", "text.1.down", "text.1.q"]
+
+
 def test_single_changes_the_best_matrix_alone(images):
     encoder = encoder_of()
     found = search(encoder, images, order="single", kinds=["up", "down"], **OPTIONS)
