@@ -12,7 +12,7 @@ from fastood.scores.inputs import check_count, check_scalar, check_tau
 from fastood.setar.patchscores import SCORES
 from fastood.setar.tally import WORST, Tally, Value
 
-__all__ = ["METRICS", "SCORES", "Objective", "Tally", "Value"]
+__all__ = ["BEST", "METRICS", "SCORES", "Objective", "Tally", "Value"]
 
 METRICS: Mapping[str, int] = {
     "loss": -1,
@@ -23,6 +23,9 @@ METRICS: Mapping[str, int] = {
     "fpr": -1,
 }
 """Names of objectives; 1 where higher is better, -1 where lower is."""
+
+BEST: Mapping[str, float] = {"auroc": 1.0, "aupr": 1.0, "fpr": 0.0}
+"""Beyond these nothing is better. A loss has no such number."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from fastood.scores.inputs import check_count
 from fastood.setar.authors import backbone_of, published
 from fastood.setar.evaluate import Evaluator
 from fastood.setar.lowrank import Part, check_part
-from fastood.setar.objective import Objective, Value
+from fastood.setar.objective import BEST, Objective, Value
 from fastood.setar.plan import RATIOS, make_plan
 from fastood.setar.recipe import RECIPE, Recipe
 from fastood.setar.table import Row, Table
@@ -214,7 +214,7 @@ def search(
     try:
         walk = Walk(plan, objective, table, evaluating, progress)
         walk.run()
-        notes = _notes(walk, evaluator)
+        notes = _notes(walk, objective, evaluator)
         source = found.source if weight is None and top_k is None else "given"
         of_search = {k: settings[k] for k in ("plan", "objective", "partition", "class_names")}
         recipe = Recipe.of(
@@ -296,8 +296,13 @@ def _digest(images: ImageSet, labels: Sequence[int]) -> str:
     return state.hexdigest()
 
 
-def _notes(walk: Walk, evaluator: Evaluator | None) -> tuple[str, ...]:
+def _notes(walk: Walk, objective: Objective, evaluator: Evaluator | None) -> tuple[str, ...]:
     notes = [] if evaluator is None else list(evaluator.notes)
+    if walk.baseline.objective == BEST.get(objective.metric):
+        notes.append(
+            f"{objective.metric} of {objective.score} is {walk.baseline.objective:g} for the model "
+            "as it is, and nothing can be better; choose another metric or score"
+        )
     for name, value in (("the model as it is", walk.baseline), ("the result", walk.best)):
         if value.empty_batches:
             notes.append(

@@ -557,6 +557,17 @@ def test_batches_without_pseudo_ood_patches_are_reported(images):
     assert found.recipe.search["notes"] == list(found.notes)
 
 
+@pytest.mark.parametrize(("metric", "noted"), [("auroc", True), ("loss", False)])
+def test_a_metric_at_its_best_is_reported(images, monkeypatch, metric, noted):
+    """Nothing is strictly better, so a search can only end with the model as it is."""
+    score = "mcm" if metric == "auroc" else None
+    monkeypatch.setattr(
+        "fastood.setar.tally._metrics", lambda *_: {"auroc": 1.0, "aupr": 1.0, "fpr": 0.0}
+    )
+    found = search(encoder_of(), images, metric=metric, score=score, order="text", layers=[-1])
+    assert any("nothing can be better" in note for note in found.notes) is noted
+
+
 def test_equal_prompts_tie_and_are_counted(images):
     names = ["apple", "boat", "cat", "cat", "egg"]
     with pytest.warns(RuntimeWarning, match="cat"):
