@@ -7,7 +7,8 @@ attention matrix the identity), so with
     h_0 = attention of the class token,   h_p = v_p of each patch
 
 what follows the heads (output layer, residual, MLP, final norm, projection) is the same for both,
-and runs once for all 1 + P tokens. W_q and W_k change h_0 alone.
+and runs once for all 1 + P tokens. W_q and W_k change h_0 alone. This holds where the class token
+is the image's feature; towers that pool otherwise have no patch features here and are refused.
 """
 
 from __future__ import annotations
