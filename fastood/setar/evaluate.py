@@ -166,6 +166,13 @@ class Evaluator:
         last = matrix.tower == "image" and matrix.layer == self._image.depth - 1
         return last and matrix.kind in ("q", "k") and self.objective.of_patches_alone
 
+    def drops_nothing(self, candidate: Candidate) -> bool:
+        """Whether the weights stay what they are to rounding, as where a search before this one
+        dropped the same directions. Rounding must not make a gain of that either.
+        """
+        basis, _ = self._tails_of(candidate.matrix, (candidate.count,), known=True)
+        return bool(basis.negligible(candidate.count, part=self._part, seed=self._seed))
+
     def accept(self, candidate: Candidate) -> None:
         """Change the model."""
         matrix = candidate.matrix

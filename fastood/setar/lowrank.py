@@ -293,6 +293,18 @@ class LowRankBasis:
         dropped, total = (v.clamp_min(0).sum(-1) for v in (dropped, self._basis.values))
         return self._one(torch.where(total > 0, dropped / total, 0.0))
 
+    def negligible(self, x: float, *, part: Part = "minor", seed: int = 0) -> Tensor:
+        """(N,) bool: dropping the part changes the weights by no more than they are rounded.
+
+        |W - Ŵ| <= eps / 2 |W|, Frobenius norms; 1e-12 for float64. So it is for directions that
+        were dropped before: of those a dtype keeps its rounding.
+
+        Raises:
+            ValueError: shares, numbers and names that do not exist.
+        """
+        rounding = max(torch.finfo(self._weights.dtype).eps / 2, 1e-12)
+        return self.energy(x, part=part, seed=seed) <= rounding**2
+
     def _dropped(self, count: int, part: Part, seed: int) -> TailBasis:
         """The first ``count`` directions that are dropped, in the order of dropping."""
         values, vectors = self._basis

@@ -125,10 +125,7 @@ class Walk:
         begin = time.perf_counter()
         if candidates:
             values = evaluator.candidates(candidates, self._tell)
-            if evaluator.cannot_matter(candidates[0].matrix):
-                # what else the table says of them does change
-                same = self._accepted_value.objective
-                values = [replace(v, objective=same) for v in values]
+            values = [self._told(c, v) for c, v in zip(candidates, values, strict=True)]
         else:
             values = [evaluator.baseline(self._tell)]
         each = (time.perf_counter() - begin) / len(values)
@@ -139,6 +136,15 @@ class Walk:
         ]
         self._keep(rows)
         return rows
+
+    def _told(self, candidate: Candidate, value: Value) -> Value:
+        """The value of a candidate, where rounding alone would tell it from the accepted model."""
+        evaluator, same = self._evaluating(), self._accepted_value
+        if evaluator.drops_nothing(candidate):
+            return same
+        if evaluator.cannot_matter(candidate.matrix):  # what else the table says does change
+            return replace(value, objective=same.objective)
+        return value
 
     def _keep(self, rows: list[Row]) -> None:
         """Put rows in the table; what a stopped run left there is known to be the same."""

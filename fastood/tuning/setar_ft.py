@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from fastood.errors import ModelError
@@ -108,9 +107,7 @@ class SeTARFT(LowRankMethod):
             count = pick.count or 0
             a, b = basis.factors(count, part=given.part, seed=given.seed)
             factors[matrix] = a.to(self.dtype), b.to(self.dtype)
-            share = float(basis.energy(count, part=given.part, seed=given.seed))
-            rounding = max(torch.finfo(w.dtype).eps / 2, 1e-12)  # what dropping them leaves
-            something |= share > rounding**2
+            something |= not basis.negligible(count, part=given.part, seed=given.seed)
         if not something:
             raise ModelError(
                 f"{encoder.name}: what {self.name} would train is zero already; was the recipe "

@@ -223,6 +223,20 @@ def test_values_and_energy(dtype):
     assert float(LowRankBasis(torch.zeros(4, 3)).energy(2)) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_what_was_dropped_before_is_negligible(shape, dtype):
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(2, *shape, generator=g, dtype=torch.float64).to(dtype)
+    w[1] = low_rank(w[1], drop=9)
+    w[0] = low_rank(w[0], drop=3)
+    basis = LowRankBasis(w)
+    for count, expected in ((0, [True, True]), (3, [True, True]), (4, [False, True]),
+                            (9, [False, True]), (10, [False, False])):  # fmt: skip
+        assert basis.negligible(count).tolist() == expected
+    assert basis.negligible(1, part="principal").tolist() == [False, False]
+
+
 def test_a_basis_keeps_its_own_weights():
     """A search replaces the weights of the model they came from."""
     layer = torch.nn.Linear(8, 12)

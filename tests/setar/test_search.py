@@ -220,6 +220,29 @@ def test_what_cannot_matter_has_the_value_of_the_model_it_was_tried_on(images):
                for r in found.rows)  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("part", ["minor", "principal"])
+def test_directions_that_are_gone_are_not_dropped_again(images, dtype, part):
+    """A second search over the same matrices: only rounding is left to gain from."""
+    encoder = encoder_of(2, dtype)
+    with torch.no_grad():
+        for name, p in encoder.model.named_parameters():
+            if "c_fc.weight" in name:  # flat spectra, so that rounding is large beside them
+                u, _, v = torch.linalg.svd(p, full_matrices=False)
+                p.copy_(u @ v)
+    options = {**OPTIONS, "part": part, "ratios": (0.4,)}
+    first = search(encoder, images, **options)
+    assert first.recipe.changes
+    changed = first.recipe.apply(encoder)
+    second = search(changed, images, **{**options, "ratios": (0.1, 0.25, 0.4), "part": "minor"})
+    again = {p.address for p in first.recipe.changes}
+    for row in second.rows[1:]:
+        if row.matrix in again:
+            before = [second.baseline, *(p for p in second.recipe.picks[: row.visit - 1])]
+            assert row.value.objective == before[-1].objective
+    assert not again & {p.address for p in second.recipe.changes}
+
+
 def test_an_exhaustive_search_computes_nothing_on_a_model_it_has_tried(images, monkeypatch):
     computed = []
     run = Evaluator.candidates
