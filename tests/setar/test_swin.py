@@ -237,8 +237,8 @@ def test_windows_that_do_not_fill_the_map(kind):
 def test_value_path_of_a_block_that_is_not_what_it_seems_is_refused():
     enc = encoder("timm v2")
 
-    class Louder(nn.Module):
-        """Attention that scales what every token gets: only the value path differs."""
+    class Turned(nn.Module):
+        """Attention that turns what every token gets: only the value path differs."""
 
         def __init__(self, inner):
             super().__init__()
@@ -251,11 +251,11 @@ def test_value_path_of_a_block_that_is_not_what_it_seems_is_refused():
                 return getattr(self.inner, name)
 
         def forward(self, x, mask=None):
-            return 2 * self.inner(x, mask=mask) + x.mean()
+            return self.inner(x, mask=mask).roll(1, dims=-1)
 
     SwinTower(enc)
     last = enc.model.layers[-1].blocks[-1]
-    last.attn = Louder(last.attn)
+    last.attn = Turned(last.attn)
     with pytest.raises(ModelError, match="patch features differ from the model's own"):
         SwinTower(enc)
 
