@@ -252,7 +252,8 @@ class LowRankBasis:
 
         A = sqrt(S1) V1',  B = W V1 / sqrt(S1),  with S1, V1 of the dropped directions
 
-        Strongest first. ``drop(x) + B A`` is the weights to rounding. Directions whose singular
+        Strongest first; of equal ones those that a smaller part would keep (minor) or drop
+        (principal). ``drop(x) + B A`` is the weights to rounding. Directions whose singular
         value cannot be told from zero, at most 1.5e-8 of the largest (float64 weights on a CPU:
         max(m, n) epsilons), have zeros in A and B: their vectors are arbitrary, and they hold less
         than float32 can add to the weights.
@@ -264,8 +265,13 @@ class LowRankBasis:
         """
         check_part(part, seed)
         values, short = self._dropped(count_of(x, self.size), part, seed)
-        order = values.argsort(dim=-1, descending=True, stable=True)[:, None]
-        short = short.gather(-1, order.expand_as(short))  # (N, size, r)
+        if (
+            part == "minor"
+        ):  # the very reverse of the order of dropping, also where values are equal
+            short = short.flip(-1)
+        elif part == "random":
+            order = values.argsort(dim=-1, descending=True, stable=True)[:, None]
+            short = short.gather(-1, order.expand_as(short))  # (N, size, r)
         m, n = self.shape[-2:]
         tall = self._weights if n <= m else self._weights.mT
         # one matrix in float64 at a time

@@ -45,6 +45,20 @@ def test_results_are_those_of_the_weights_without_the_part(shape, part, dtype):
     assert seen == len(counts)
 
 
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_where_all_singular_values_are_equal_the_same_directions_go(shape, part, dtype):
+    """As of orthogonal initial weights: what is tried is what is dropped afterwards."""
+    w = torch.eye(*shape, dtype=dtype)
+    x = draw(5, shape[1], seed=2, dtype=dtype)
+    basis = LowRankBasis(w)
+    tails = Tails.of(basis, [1, 4, 9], part=part, seed=3, dtype=dtype, device="cpu")
+    tolerance = tolerances.TAILS_F64_RTOL if dtype == torch.float64 else tolerances.TAILS_RTOL
+    for count, got in zip(tails.counts, tails.results(x, x @ w.T), strict=True):
+        assert gap(got, x @ basis.drop(count, part=part, seed=3).T) <= tolerance, count
+
+
 def test_counts_come_sorted_once_each_and_inputs_stay():
     w = draw(6, 8)
     x, y = draw(7, 8, seed=1), draw(7, 6, seed=2)
