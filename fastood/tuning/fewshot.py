@@ -255,7 +255,7 @@ def known_labels(data: ImageSet | FeatureSet) -> list[int]:
         )
         raise ValueError(
             f"{data.name}: {len(without)} of {len(labels)} images have no label (first {first}); "
-            "training needs one for each: folders named after classes, or a list with labels"
+            "each needs one: folders named after classes, or a list with labels"
         )
     return labels
 

@@ -49,7 +49,8 @@ class SeTARFT(LowRankMethod):
             1e-5), as in the search; or ``"ce"``, cross-entropy alone.
         weight, top_k: of the patch term; default: those of the search behind the recipe if it was
             of as many classes, else the published ones, see ``fastood.setar.published``.
-        templates: prompts of the classes; SeTAR's has no full stop.
+        templates: prompts of the classes; default: those of the search behind the recipe, else
+            SeTAR's, which has no full stop.
         chunk: texts in a graph at a time, as for ``LoRA``.
     Raises:
         ValueError: no picks, or none that drops something; numbers of directions above those of a
@@ -75,7 +76,7 @@ class SeTARFT(LowRankMethod):
         loss: Literal["locoop", "ce"] = "locoop",
         weight: float | None = None,
         top_k: int | None = None,
-        templates: str | Sequence[str] = "mcm",
+        templates: str | Sequence[str] | None = None,
         chunk: int | None = None,
     ) -> None:
         check_patches(self.name, encoder, class_names, loss)
@@ -93,7 +94,7 @@ class SeTARFT(LowRankMethod):
                 loss=loss,
                 weight=searched.get("weight") if weight is None else weight,
                 top_k=searched.get("top_k") if top_k is None else top_k,
-                templates=templates,
+                templates=_templates(given) if templates is None else templates,
                 chunk=chunk,
             ),
         }
@@ -158,6 +159,12 @@ def read_picks(picks: Any, part: Part | None = None, part_seed: int | None = Non
         found.model,
         found.search,
     )
+
+
+def _templates(recipe: Picks) -> str | list[str]:
+    """Of the search, if its prompts are known: authors' lists and a Swin's recipe have none."""
+    found = recipe.search.get("templates")
+    return found if isinstance(found, list) and found else "mcm"
 
 
 def _objective(recipe: Picks, classes: int) -> Mapping[str, Any]:

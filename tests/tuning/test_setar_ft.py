@@ -241,6 +241,7 @@ def test_settings_come_from_the_search(tmp_path):
     search = {
         "objective": {"metric": "loss", "weight": 0.35, "top_k": 3},
         "class_names": NAMES,
+        "templates": ["a bad photo of a {}", "a {}"],
     }
     recipe = Recipe.of(encoder, UP, part="principal", search=search)
     path = recipe.write(tmp_path / "r.json")
@@ -256,6 +257,11 @@ def test_settings_come_from_the_search(tmp_path):
     assert chosen(picks=UP) == (0.1, 1, "minor")  # round(.3 K)
     theirs = [["visual" if t == "image" else t, f"W_{k}", n, r] for t, k, n, r in UP]
     assert chosen(picks=theirs) == (0.1, 1, "minor")
+    for picks, given, expected in (
+        (path, None, search["templates"]), (path, "coop", "coop"), (theirs, None, "mcm")
+    ):  # fmt: skip
+        method = SeTARFT(encoder, NAMES, picks=picks, templates=given)
+        assert method.settings()["templates"] == expected
 
 
 def test_published_training():
