@@ -265,9 +265,7 @@ class LowRankBasis:
         """
         check_part(part, seed)
         values, short = self._dropped(count_of(x, self.size), part, seed)
-        if (
-            part == "minor"
-        ):  # the very reverse of the order of dropping, also where values are equal
+        if part == "minor":  # the reverse of the order of dropping, also where values are equal
             short = short.flip(-1)
         elif part == "random":
             order = values.argsort(dim=-1, descending=True, stable=True)[:, None]
