@@ -12,7 +12,7 @@ from fastood.models.copies import network_of
 from fastood.models.matrices import list_matrices
 from fastood.setar import LowRankBasis, search, truncated_svd
 from fastood.setar.recipe import Recipe
-from tests.setar import test_search as clip
+from tests.setar import searches as clip
 from tests.setar import test_swin_search as swin
 from tests.tolerances import SEARCH_F64_RTOL
 from tests.tuning.towers import ENCODERS
@@ -22,14 +22,7 @@ OPTIONS = {"ratios": [0, 0.2, 0.4], "top_k": 2}
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("id")
-    g = np.random.default_rng(0)
-    for name in clip.NAMES:
-        (folder / name).mkdir()
-        for i in range(2):
-            noise = g.integers(0, 255, (6, 6, 3), dtype=np.uint8)
-            Image.fromarray(noise).resize((clip.SIZE, clip.SIZE)).save(folder / name / f"{i}.png")
-    return load_images(folder)
+    return clip.noise_images(tmp_path_factory.mktemp("id"))
 
 
 @pytest.fixture(scope="module")

@@ -1,69 +1,19 @@
-"""Whole searches: against the plain search, resumed, refused."""
+"""Whole searches against the plain search."""
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
-from dataclasses import replace
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fastood.data import load_images
 from fastood.data.imageset import ImageSet
-from fastood.errors import DataError, ModelError
-from fastood.models import OpenClipEncoder, load_model
+from fastood.models import load_model
 from fastood.setar import Objective, authors, make_plan, published, search
 from fastood.setar.evaluate import Evaluator
-from fastood.setar.run import RECIPE
-from fastood.setar.table import CANDIDATES, SETTINGS
-from tests.models import tiny
 from tests.setar.plain_search import Plain, plain_search, top_down
+from tests.setar.searches import NAMES, OPTIONS, encoder_of, preprocess
 from tests.tolerances import SEARCH_F64_RTOL
 from tests.tuning.towers import open_clip_encoder
-
-NAMES = ["apple", "boat", "cat", "door", "egg"]
-SIZE = 24
-
-
-def preprocess(image: Image.Image) -> Tensor:
-    x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
-    return (x.permute(2, 0, 1) - 0.45) * 4
-
-
-def encoder_of(seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> OpenClipEncoder:
-    """Random towers of four and three blocks whose weights have weak directions."""
-    found = open_clip_encoder(
-        dtype, image=tiny.vision(layers=4), text={"layers": 3}, custom=False, **options
-    )
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in found.model.named_parameters():
-            if p.ndim == 2 and "embedding" not in name:
-                u, s, v = torch.linalg.svd(
-                    torch.randn(p.shape, generator=g, dtype=torch.float64), full_matrices=False
-                )
-                s = s * torch.linspace(1, 0, len(s), dtype=torch.float64) ** 2
-                p.copy_((u * s) @ v * 0.7)
-        found.model.logit_scale.fill_(2.0)
-    return OpenClipEncoder(found.model, preprocess, tiny.TOKENIZER, preprocess_id="plain")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> ImageSet:
-    folder = tmp_path_factory.mktemp("id")
-    g = np.random.default_rng(0)
-    for name in NAMES:
-        (folder / name).mkdir()
-        for i in range(2):
-            noise = g.integers(0, 255, (6, 6, 3), dtype=np.uint8)
-            Image.fromarray(noise).resize((SIZE, SIZE)).save(folder / name / f"{i}.png")
-    return load_images(folder)
 
 
 def stacked(images: ImageSet) -> tuple[Tensor, Tensor]:
@@ -79,7 +29,6 @@ def plainly(encoder, images, visits, **options) -> Plain:
     return plain_search(encoder, pixels, labels, prompts, visits, **options)
 
 
-OPTIONS = {"top_k": 2, "weight": 0.5, "batch_size": 4, "ratios": (0, 0.1, 0.25, 0.4)}
 PLAIN = {"top_k": 2, "weight": 0.5, "batches": (4, 4, 2), "ratios": (0, 0.1, 0.25, 0.4)}
 
 
@@ -282,213 +231,6 @@ def test_metrics_are_objectives(images, metric):
     assert all(row.value.scores["mcm"][metric] == row.value.objective for row in found.rows)
 
 
-# ------------------------------------------------------------------------------------ resuming
-
-
-class Stopped(Exception):
-    pass
-
-
-def test_a_stopped_search_goes_on_with_the_same_result(images, tmp_path, monkeypatch):
-    encoder = encoder_of()
-    expected = search(encoder, images, out=tmp_path / "whole", **OPTIONS)
-    computed: list[str] = []
-    run = Evaluator.candidates
-
-    def failing(self, candidates, done=None):
-        if len(computed) % 3 == 2:
-            computed.append("stopped")
-            raise Stopped
-        computed.append(candidates[0].matrix.address)
-        return run(self, candidates, done)
-
-    monkeypatch.setattr(Evaluator, "candidates", failing)
-    found = None
-    while found is None:
-        try:
-            found = search(encoder, images, out=tmp_path / "parts", **OPTIONS)
-        except Stopped:
-            assert not (tmp_path / "parts" / RECIPE).exists()
-    assert computed.count("stopped") >= 2
-    assert len([c for c in computed if c != "stopped"]) == 7  # nothing twice
-    assert found.recipe.picks == expected.recipe.picks
-    assert [r.key for r in found.rows] == [r.key for r in expected.rows]
-    assert [r.value for r in found.rows] == [r.value for r in expected.rows]
-    # a finished one computes nothing, not even the features of an image
-    monkeypatch.setattr(Evaluator, "__init__", None)
-    assert search(encoder, images, out=tmp_path / "parts", **OPTIONS).recipe == found.recipe
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("order", ["text", "exhaustive"])
-def test_a_table_cut_anywhere_gives_the_same_bits(images, tmp_path, order, dtype):
-    """Also between candidates of one matrix, which share products."""
-    encoder, options = encoder_of(dtype=dtype), {"order": order, "layers": [-1], **OPTIONS}
-    expected = search(encoder, images, out=tmp_path, **options)
-    recipe, table = (tmp_path / RECIPE).read_bytes(), tmp_path / CANDIDATES
-    content = table.read_bytes()
-    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
-    for cut in (0, 30, len(content) - 7, len(content) // 2, *ends[1:6]):
-        table.write_bytes(content[:cut])
-        found = search(encoder, images, out=tmp_path, **options)
-        assert (tmp_path / RECIPE).read_bytes() == recipe
-        assert [r.key for r in found.rows] == [r.key for r in expected.rows]
-        assert [r.value for r in found.rows] == [r.value for r in expected.rows]
-        assert len(table.read_text().splitlines()) == len(content.splitlines())
-
-
-def test_a_damaged_table_is_refused(images, tmp_path):
-    encoder = encoder_of()
-    search(encoder, images, out=tmp_path, order="text", **OPTIONS)
-    table = tmp_path / CANDIDATES
-    lines = table.read_text().splitlines()
-    cells = lines[2].split(",")
-    for at, wrong in ((5, "nan"), (5, "x"), (3, "1.5")):
-        damaged = ",".join([*cells[:at], wrong, *cells[at + 1 :]])
-        table.write_text("\n".join([*lines[:2], damaged, *lines[3:], ""]))
-        with pytest.raises(DataError, match=r"candidates\.csv: is damaged .*remove it"):
-            search(encoder, images, out=tmp_path, order="text", **OPTIONS)
-
-
-def test_the_table_can_be_read_by_anyone(images, tmp_path):
-    found = search(encoder_of(), images, out=tmp_path, order="text", **OPTIONS)
-    rows = list(csv.DictReader((tmp_path / CANDIDATES).open()))
-    assert [float(r["loss"]) for r in rows] == [r.value.loss for r in found.rows]
-    assert [r["matrix"] for r in rows][:2] == ["", "text.2.up"]
-    saved = json.loads((tmp_path / RECIPE).read_text())
-    assert saved["search"]["baseline"]["loss"] == found.baseline.loss
-    assert saved["search"]["partition"] == {"kind": "reference", "batches": [4, 4, 2]}
-    assert saved["search"]["images"]["number"] == 10
-
-
-def test_another_search_is_not_overwritten(images, tmp_path):
-    encoder = encoder_of()
-    search(encoder, images, out=tmp_path, order="text", **OPTIONS)
-    before = (tmp_path / CANDIDATES).read_bytes()
-    for changes in ({"weight": 0.4}, {"order": "image"}, {"ratios": (0, 0.1)}, {"batch_size": 5}):
-        with pytest.raises(DataError, match="holds another search"):
-            search(encoder, images, out=tmp_path, **{"order": "text", **OPTIONS, **changes})
-    with pytest.raises(DataError, match=r"another search.*fingerprint"):
-        search(encoder_of(9), images, out=tmp_path, order="text", **OPTIONS)
-    assert (tmp_path / CANDIDATES).read_bytes() == before
-    (tmp_path / SETTINGS).unlink()
-    with pytest.raises(DataError, match=r"without search\.json"):
-        search(encoder, images, out=tmp_path, order="text", **OPTIONS)
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / SETTINGS).write_text("{")
-    with pytest.raises(DataError, match="cannot be read"):
-        search(encoder, images, out=tmp_path / "notes", order="text", **OPTIONS)
-
-
-def test_a_search_takes_the_place_of_another_with_its_first_value(images, tmp_path, monkeypatch):
-    encoder = encoder_of()
-    search(encoder, images, out=tmp_path, order="text", **OPTIONS)
-    (tmp_path / "report.html").touch()
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    other = {"order": "text", **OPTIONS, "weight": 0.4}
-
-    def kept() -> bool:
-        return before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-
-    for wrong in ({"metric": "none"}, {"top_k": 5}, {"order": "none"}):
-        with pytest.raises(ValueError):
-            search(encoder, images, out=tmp_path, overwrite=True, **{**other, **wrong})
-        assert kept()
-    baseline = Evaluator.baseline
-    monkeypatch.setattr(Evaluator, "baseline", lambda *_: (_ for _ in ()).throw(Stopped))
-    with pytest.raises(Stopped):
-        search(encoder, images, out=tmp_path, overwrite=True, **other)
-    assert kept()
-    monkeypatch.setattr(Evaluator, "baseline", baseline)
-    monkeypatch.setattr(Evaluator, "candidates", lambda *_: (_ for _ in ()).throw(Stopped))
-    with pytest.raises(Stopped):
-        search(encoder, images, out=tmp_path, overwrite=True, **other)
-    # they would be of the other search
-    assert not (tmp_path / RECIPE).exists() and not (tmp_path / "report.html").exists()
-    monkeypatch.undo()
-    found = search(encoder, images, out=tmp_path, **other)
-    assert len(found.rows) == 1 + 3 * 3
-    assert json.loads((tmp_path / SETTINGS).read_text())["settings"]["objective"]["weight"] == 0.4
-
-
-def test_a_folder_without_a_value_is_free_for_other_images(images, tmp_path):
-    """An image cannot be read, is replaced, and the same command works."""
-    folder = tmp_path / "id"
-    for item in images:
-        (folder / NAMES[item.label]).mkdir(parents=True, exist_ok=True)
-        (folder / NAMES[item.label] / Path(item.path).name).write_bytes(item.read())
-    broken = folder / "cat" / "0.png"
-    content = broken.read_bytes()
-    broken.write_bytes(b"no picture")
-    options = {**OPTIONS, "order": "text", "out": tmp_path / "out"}
-    with pytest.raises(DataError, match=r"cat/0\.png"):
-        search(encoder_of(), load_images(folder), **options)
-    broken.write_bytes(content)
-    found = search(encoder_of(), load_images(folder), **options)
-    assert (tmp_path / "out" / RECIPE).exists()
-    assert found.baseline == search(encoder_of(), images, **{**OPTIONS, "order": "text"}).baseline
-
-
-def test_a_recipe_from_elsewhere_is_not_overwritten(images, tmp_path):
-    (tmp_path / RECIPE).write_text("mine")
-    with pytest.raises(DataError, match=r"recipe\.json without search\.json"):
-        search(encoder_of(), images, out=tmp_path, **OPTIONS)
-    assert (tmp_path / RECIPE).read_text() == "mine"
-
-
-def test_images_are_known_by_content(images, tmp_path):
-    """A moved folder goes on, a replaced picture does not."""
-    for item in images:
-        target = tmp_path / "moved" / item.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(item.read())
-    encoder, out = encoder_of(), tmp_path / "out"
-    found = search(encoder, images, out=out, order="text", **OPTIONS)
-    again = search(encoder, load_images(tmp_path / "moved"), out=out, order="text", **OPTIONS)
-    assert again.recipe.picks == found.recipe.picks
-    first, other = sorted((tmp_path / "moved" / "apple").iterdir())
-    first.write_bytes(other.read_bytes())
-    with pytest.raises(DataError, match=r"another search.*images\.digest"):
-        search(encoder, load_images(tmp_path / "moved"), out=out, order="text", **OPTIONS)
-
-
-def test_images_are_known_by_their_labels_too(images, tmp_path):
-    a, b = images.items[0], images.items[-1]
-    swapped = (replace(a, label=b.label), *images.items[1:-1], replace(b, label=a.label))
-    encoder, options = encoder_of(), {"out": tmp_path, "order": "text", **OPTIONS}
-    search(encoder, images, **options)
-    with pytest.raises(DataError, match=r"another search.*images\.digest"):
-        search(encoder, replace(images, items=swapped), **options)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no locks")
-def test_two_searches_do_not_share_a_folder(images, tmp_path):
-    """Rows of both would stand in one table."""
-    encoder = encoder_of()
-    options = {"order": "text", "out": tmp_path / "out", **OPTIONS}
-    seen = []
-
-    def meanwhile(_) -> None:
-        if not seen:
-            with pytest.raises(DataError, match="another search is running there"):
-                search(encoder, images, **options)
-            seen.append(True)
-
-    found = search(encoder, images, progress=meanwhile, **options)
-    assert seen
-    assert search(encoder, images, **options).recipe == found.recipe  # it is free again
-
-
-def test_the_seed_is_part_of_a_search_only_where_something_is_drawn(images, tmp_path):
-    encoder = encoder_of()
-    options = {"order": "text", "out": tmp_path, **OPTIONS}
-    search(encoder, images, seed=1, **options)
-    search(encoder, images, seed=2, **options)
-    search(encoder, images, seed=1, part="random", **{**options, "out": tmp_path / "r"})
-    with pytest.raises(DataError, match=r"another search.*seed"):
-        search(encoder, images, seed=2, part="random", **{**options, "out": tmp_path / "r"})
-
-
 def test_progress_ends_at_the_whole_and_never_goes_back(images):
     for order in ("image_text", "exhaustive"):
         seen = []
@@ -497,83 +239,6 @@ def test_progress_ends_at_the_whole_and_never_goes_back(images):
         assert shares == sorted(shares)
         assert shares[-1] == pytest.approx(1.0, abs=0.02)
         assert seen[-1].visit == seen[-1].visits
-
-
-# ------------------------------------------------------------------------------------ refused
-
-
-def refused(images, match: str, error=ValueError, encoder=None, **options) -> None:
-    with pytest.raises(error, match=match):
-        search(encoder or encoder_of(), images, **{**OPTIONS, **options})
-
-
-def test_what_is_refused_before_any_image_is_read(images, monkeypatch):
-    monkeypatch.setattr(Evaluator, "__init__", None)  # nothing gets that far
-    refused(images, r"chunk: expected 1 <= chunk, got 0", chunk=0)
-    refused(images, r"chunk: expected an integer .* got 1.5", chunk=1.5)
-    refused(images, r"memory: expected 0 <= memory, got -1", memory=-1)
-    refused(images, r"encoder: .* got CLIP; wrap", TypeError, encoder_of().model)
-    refused(["a.png"], r"images: expected an ImageSet .* got list", TypeError)
-    refused(images, r"class_names: expected a list of names, got the text", TypeError,
-            class_names="abcde")  # fmt: skip
-    refused(images, r"ratios: .*share in \[0, 1\), got 1.5", ratios=(0, 1.5))
-    refused(images, r"ratios: .*share in \[0, 1\), got -0.1", ratios=(-0.1,))
-    refused(images, r"ratios: .*nan", ratios=(float("nan"),))
-    refused(images, "ratios: expected shares or numbers.*both", ratios=(0.1, 5))
-    refused(images, r"directions <= min\(m, n\) = 32, got 33", ratios=(33,))
-    refused(images, "ratios: expected at least one that drops", ratios=(0,))
-    refused(images, "ratios: expected a list", ratios=0.1)
-    refused(images, r"image.proj .*: 0.99 drops all 16 directions", ratios=(0.99,), kinds="proj")
-    refused(images, "kinds: .*got 'mlp'", kinds="mlp")
-    refused(images, "kinds: .*did you mean 'W_up'", kinds="W_upp")
-    refused(images, "layers: expected numbers in -4..3", layers=[7])
-    refused(images, "order: .*did you mean 'exhaustive'", order="exhaustiv")
-    refused(images, "top_k", top_k=5)
-    refused(images, "top_k", top_k=0)
-    refused(images, "partition: expected one of reference, global", partition="batches")
-    refused(images, "batch_size", batch_size=0)
-    refused(images, "id_set: voc has 14 classes, got 5", id_set="voc")
-    refused(images, "id_set: expected one of imagenet, voc", id_set="cifar")
-    refused(images, "score", metric="auroc")
-    refused(images, "metric", metric="f1")
-    refused(images, "label 4 has no name", class_names=NAMES[:4])
-
-
-def test_unlabelled_images_are_refused(images, tmp_path):
-    for item in list(images)[:3]:
-        (tmp_path / Path(item.path).name).write_bytes(item.read())
-    refused(load_images(tmp_path), "have no label", class_names=NAMES)
-
-
-def test_weights_that_are_not_finite_are_refused(images):
-    encoder = encoder_of()
-    with torch.no_grad():
-        encoder.model.transformer.resblocks[1].mlp.c_fc.weight[3, 4] = float("nan")
-    refused(images, r"text.1.up has NaN or Inf", ModelError, encoder)
-
-
-def test_weights_that_are_computed_from_others_are_refused(images):
-    encoder = encoder_of()
-    block = encoder.model.visual.transformer.resblocks[0]
-    torch.nn.utils.parametrizations.weight_norm(block.mlp.c_fc)
-    with pytest.raises(ModelError, match=r"image\.0\.up: .* computed from other parameters"):
-        search(encoder, images, **OPTIONS)
-
-
-def test_resnets_are_excluded_with_the_reason(images):
-    model = tiny.clip(tiny.RESNET)
-    encoder = OpenClipEncoder(model, preprocess, tiny.TOKENIZER)
-    refused(images, "ResNets are excluded", ModelError, encoder)
-
-
-def test_an_image_that_cannot_be_read_is_named(images, tmp_path):
-    for name in NAMES:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "0.png").write_bytes(b"no picture" if name == "cat" else b"")
-    for item in list(images)[::2]:
-        if "cat" not in item.path:
-            (tmp_path / item.path).write_bytes(item.read())
-    refused(load_images(tmp_path), "cat/0.png", DataError)
 
 
 def test_batches_without_pseudo_ood_patches_are_reported(images):
