@@ -41,15 +41,11 @@ def share(plan: Plan, tower: str, sizes: Sizes, budget: int) -> Kept:
     """What to keep in ``budget`` bytes while matrices of ``tower`` are visited."""
     if tower == "image" and not plan.mixed:  # class features alone are needed of the texts
         return Kept(spacing(sizes.inputs, budget), False, 0)
-    if plan.mixed:
+    if plan.mixed or sizes.features > budget:  # visits run the images again
         texts = spacing(sizes.texts, budget // 4)
         left = budget - sum(_held(sizes.texts, texts))
         features = 2 * sizes.features <= left
         return Kept(spacing(sizes.inputs, left - sizes.features * features), features, texts)
-    if sizes.features > budget:  # every visit runs the images again
-        texts = spacing(sizes.texts, budget // 4)
-        left = budget - sum(_held(sizes.texts, texts))
-        return Kept(spacing(sizes.inputs, left), False, texts)
     left = budget - sizes.features
     texts = spacing(sizes.texts, left)
     left -= sum(_held(sizes.texts, texts))

@@ -298,8 +298,8 @@ class Recipe:
         network = network_of(changed)
         for pick, matrix in found:
             if pick.count:
-                matrix.stored(network)
-                basis = basis_of(matrix.weight(network).detach(), matrix, encoder.name)
+                weight = matrix.of(matrix.stored(network)).detach()
+                basis = basis_of(weight, matrix, encoder.name)
                 if factored and factor(network, matrix, basis, pick.count, self.part):
                     continue
                 new = basis.drop(pick.count, part=self.part, seed=self.seed)

@@ -77,16 +77,19 @@ class LoRA(LowRankMethod):
     ) -> None:
         check_patches(self.name, encoder, class_names, loss)
         both = ("image", "text") if encoder.head() is None else ("image",)
-        where = {
+        where: dict[str, Any] = {
             "kinds": _listed(kinds),
             "towers": _listed(both if towers is None else towers),
             "layers": [layers] if isinstance(layers, int) else layers and list(layers),
         }
+        matrices = find(network_of(encoder), **where)
+        if rank is None:
+            published = published_training(backbone_of(network_of(encoder))).rank
+            rank = min(published, *(min(matrix.shape) for matrix in matrices))
+        rank = check_count("rank", rank, 1, None)
         settings = {
             **where,
-            "rank": _default_rank(encoder, where)
-            if rank is None
-            else check_count("rank", rank, 1, None),
+            "rank": rank,
             "alpha": check_scalar("alpha", alpha),
             "seed": check_count("seed", seed, 0, None),
             **loss_settings(
@@ -102,8 +105,7 @@ class LoRA(LowRankMethod):
         super().__init__(encoder, class_names, settings)
         generator = torch.Generator().manual_seed(seed)
         factors: dict[Matrix, tuple[Tensor, Tensor]] = {}
-        rank = settings["rank"]
-        for matrix in self._find(network_of(self._student)):
+        for matrix in matrices:
             out, width = matrix.shape
             if rank > min(out, width):
                 raise ValueError(
@@ -122,12 +124,6 @@ class LoRA(LowRankMethod):
     def _find(self, model: nn.Module) -> tuple[Matrix, ...]:
         s = self._settings
         return find(model, towers=s["towers"], kinds=s["kinds"], layers=s["layers"])
-
-
-def _default_rank(encoder: Encoder, where: dict[str, Any]) -> int:
-    network = network_of(encoder)
-    full = min(min(matrix.shape) for matrix in find(network, **where))
-    return min(published_training(backbone_of(network)).rank, full)
 
 
 def _listed(value: Iterable[str] | str) -> list[str]:

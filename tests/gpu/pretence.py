@@ -119,8 +119,7 @@ class PretendedGPU(TorchDispatchMode):
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         with ExitStack() as stack:
             stack.enter_context(everywhere)
-            refusal = lambda device: None if device is None else "the GPU is pretended"  # noqa: E731
-            stack.enter_context(mock.patch.object(dispatch, "_refusal", refusal))
+            stack.enter_context(mock.patch.object(dispatch, "_refusal", _refusal))
             stack.enter_context(mock.patch.dict(lowrank._solvers, {str(DEVICE): None}))
             torch.__future__.set_overwrite_module_params_on_conversion(True)
             stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
@@ -133,6 +132,10 @@ def why_no_pretence() -> str | None:
     if not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
         return "this torch needs a driver to make tensors that say cuda"
     return None if torch.version.cuda else "torch without CUDA"
+
+
+def _refusal(device: int | None) -> str | None:
+    return None if device is None else "the GPU is pretended"
 
 
 def _refuse_mixed(func: Any, args: Any, others: list[Tensor]) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fastood.data import load_images
 from fastood.models.copies import network_of
 from fastood.models.matrices import list_matrices
 from fastood.setar import LowRankBasis, search, truncated_svd
@@ -27,14 +24,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("swin")
-    g = np.random.default_rng(0)
-    for i in range(10):
-        (folder / f"class {i % swin.CLASSES}").mkdir(exist_ok=True)
-        noise = Image.fromarray(g.integers(0, 255, (6, 6, 3), dtype=np.uint8))
-        file = folder / f"class {i % swin.CLASSES}/{i}.png"
-        noise.resize((swin.SIZE, swin.SIZE)).save(file)
-    return load_images(folder)
+    return swin.noise_images(tmp_path_factory.mktemp("swin"))
 
 
 def on(device, encoder):

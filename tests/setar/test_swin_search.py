@@ -37,15 +37,18 @@ def encoder(kind: str):
     return build(model, preprocess, name=kind, class_names=names, preprocess_id="plain")
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("id")
+def noise_images(folder):
     g = np.random.default_rng(0)
     for i in range(10):
         (folder / f"class {i % CLASSES}").mkdir(exist_ok=True)
         noise = g.integers(0, 255, (6, 6, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((SIZE, SIZE)).save(folder / f"class {i % CLASSES}/{i}.png")
     return load_images(folder)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return noise_images(tmp_path_factory.mktemp("id"))
 
 
 @torch.no_grad()
